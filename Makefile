@@ -1,0 +1,61 @@
+# Everything a person types. Each command installs what it needs into .venv first; nothing else is touched.
+PYTHON ?= python3
+# Serving flavour: cpu or cuda (never both in one environment: docs/decisions/0001-onnxruntime-extras.md)
+EXTRA ?= cpu
+BIN := .venv/bin
+RUN ?= runs/train
+# A folder of images instead of the CIFAR-10 download: make train DATA=path
+DATA_OPTION := $(if $(DATA),--data $(DATA))
+PRESET ?= cpu
+
+.PHONY: help serve test lint format train evaluate export card bench docker clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+serve: .venv/.serve-$(EXTRA)  ## Answer on http://127.0.0.1:8000 with the model that ships here
+	@exec $(BIN)/convmixer serve
+
+test: .venv/.dev  ## Run all tests, with coverage
+	$(BIN)/pytest --cov --cov-report=term
+
+lint: .venv/.dev  ## Check format, style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev  ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: .venv/.dev  ## Train; PRESET=cpu|small|paper|reference DATA=folder RUN=folder, resumes what RUN holds
+	$(BIN)/convmixer-train train --preset $(PRESET) --output $(RUN) $(DATA_OPTION) $(if $(wildcard $(RUN)/last.safetensors),--resume)
+
+evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
+	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
+
+export: .venv/.dev  ## Turn RUN's evaluated checkpoint into the artifact that ships, and its model card
+	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
+	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx
+
+bench: .venv/.dev  ## Server against the in-process limit, side by side (about a minute)
+	$(BIN)/python benchmarks/serve.py
+
+docker:  ## Build the image
+	docker build -t convmixer-serve .
+
+clean:  ## Remove the environment and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage* build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+
+.venv/.serve-$(EXTRA): .venv/bin/python pyproject.toml constraints.txt
+	@test ! -e .venv/.serve-$(if $(filter cuda,$(EXTRA)),cpu,cuda) || { echo "this .venv has the other onnxruntime; run 'make clean' first" >&2; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
+	@touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/.serve-cpu

@@ -1,0 +1,1 @@
+"""HTTP, one module a surface: `classify`, `health`, `problems` (failures)."""

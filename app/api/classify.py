@@ -1,0 +1,212 @@
+"""`POST /classify`: images in, calibrated predictions out.
+
+Three kinds of body: one image raw, `multipart/form-data` with one or many files, JSON with base64 strings. Content-Type
+chooses between these three; what kind of image it is, the bytes say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from app.api.problems import problem_response
+from app.engine.scheduler import Outcome
+from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
+from app.schemas import ClassifyAnswer, ClassifyJson, ItemError, ModelRef, Prediction, Problem
+from app.service import Service
+from app.verdict import judge
+
+router = APIRouter()
+
+RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """One image as it was sent; `error` if not even its bytes could be had."""
+
+    data: bytes
+    filename: str | None = None
+    error: ServiceError | None = None
+
+
+_EXAMPLE_ANSWER = {
+    "model": {"name": "fast", "version": "1.0.0"},
+    "predictions": [
+        {
+            "index": 0,
+            "label": "cat",
+            "confidence": 0.93,
+            "in_distribution": True,
+            "in_distribution_score": 0.93,
+            "top_k": [{"label": "cat", "probability": 0.93}, {"label": "dog", "probability": 0.04}],
+            "warnings": [],
+        }
+    ],
+    "request_id": "0f8c1d6d8a5b4f0f9d0f6a1f1f0a9a3e",
+}
+
+_BODY_SCHEMA: dict[str, Any] = {
+    "required": True,
+    "content": {
+        **{media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in RAW_TYPES},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                "required": ["images"],
+            }
+        },
+        "application/json": {"schema": ClassifyJson.model_json_schema()},
+    },
+}
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    int(status): {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+    for status, text in {
+        HTTPStatus.BAD_REQUEST: "The body is malformed.",
+        HTTPStatus.REQUEST_TIMEOUT: "The body did not arrive in time.",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Too many bytes, pixels or images.",
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "Not a type of body or image that is read here.",
+        HTTPStatus.UNPROCESSABLE_ENTITY: "The image cannot be decoded, or a parameter is out of range.",
+        HTTPStatus.INTERNAL_SERVER_ERROR: "A defect of the service or the model.",
+        HTTPStatus.SERVICE_UNAVAILABLE: "Overloaded or shutting down; see Retry-After.",
+        HTTPStatus.GATEWAY_TIMEOUT: "The deadline passed.",
+    }.items()
+}
+
+
+@router.post(
+    "/classify",
+    summary="Classify one or many images",
+    responses={200: {"model": ClassifyAnswer, "content": {"application/json": {"example": _EXAMPLE_ANSWER}}}, **_PROBLEMS},
+    openapi_extra={"requestBody": _BODY_SCHEMA},
+    response_class=Response,
+)
+async def classify(
+    request: Request,
+    top_k: Annotated[int, Query(ge=1, le=1000, description="Classes listed for each image, at most all.")] = 5,
+    explain: Annotated[bool, Query(description="Add a heat map of the evidence for the predicted class.")] = False,
+    x_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")] = None,
+) -> Response:
+    """Send one image as the raw body, one or many as `multipart/form-data`, or base64 strings as JSON.
+
+    Predictions come in the order sent. In a request of several images a bad one has `error` in its place and the others
+    are answered; if all are bad, the request fails.
+    """
+    service: Service = request.app.state.service
+    request_id: str = request.state.request_id
+    begin = time.monotonic()
+    uploads = await _read_uploads(request, service.settings.max_images)
+    timeout_s = (x_deadline_ms or service.settings.deadline_ms) / 1000 - (time.monotonic() - begin)
+    good = [upload.data for upload in uploads if upload.error is None]
+    futures = service.scheduler.submit(good, explain=explain, timeout_s=timeout_s) if good else []
+    results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True))
+
+    predictions: list[Prediction] = []
+    outcomes: list[Outcome] = []
+    errors: list[ServiceError] = []
+    for index, upload in enumerate(uploads):
+        result = upload.error or next(results)
+        if isinstance(result, Outcome):
+            outcomes.append(result)
+            predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=top_k))
+        elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
+            errors.append(result)
+            service.metrics.failures.labels(result.code).inc()
+            item_error = ItemError(code=result.code, detail=result.detail)
+            predictions.append(Prediction(index=index, filename=upload.filename, error=item_error))
+        else:
+            raise result
+    service.metrics.request_s.observe(time.monotonic() - begin)
+    if not outcomes:
+        return _all_failed(errors, predictions, request_id)
+    answer = ClassifyAnswer(
+        model=ModelRef(name=service.metadata.name, version=service.metadata.version), predictions=predictions, request_id=request_id
+    )
+    headers = {"Server-Timing": _server_timing(outcomes)}
+    return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+
+
+async def _read_uploads(request: Request, max_images: int) -> list[_Upload]:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        uploads = await _read_multipart(request, max_images)
+    elif media_type == "application/json":
+        uploads = _read_json(await request.body())
+    elif media_type in RAW_TYPES or not media_type:
+        uploads = [_Upload(await request.body())]
+        if not uploads[0].data:
+            raise MalformedRequest("the body is empty; send an image")
+    else:
+        raise UnsupportedMediaType(
+            f"Content-Type {media_type!r} is not read here; send {', '.join(RAW_TYPES)}, multipart/form-data or application/json"
+        )
+    if len(uploads) > max_images:
+        raise TooManyImages(f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests")
+    return uploads
+
+
+async def _read_multipart(request: Request, max_images: int) -> list[_Upload]:
+    try:
+        async with request.form(max_files=max_images, max_fields=max_images) as form:
+            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            if len(files) < len(form.multi_items()):
+                raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
+            if not files:
+                raise MalformedRequest("the form holds no file; send at least one image")
+            return [_Upload(await file.read(), file.filename) for file in files]
+    except HTTPException as error:  # Starlette's word for a malformed body or too many files
+        if "Too many files" in error.detail:
+            raise TooManyImages(
+                f"more than {max_images} images in one request (CONVMIXER_MAX_IMAGES); send several requests"
+            ) from error
+        raise MalformedRequest(f"the multipart body cannot be read: {error.detail}") from error
+
+
+def _read_json(body: bytes) -> list[_Upload]:
+    try:
+        encoded = ClassifyJson.model_validate_json(body).images
+    except ValidationError as error:
+        reason = error.errors()[0]
+        where = ".".join(str(part) for part in reason["loc"]) or "body"
+        raise MalformedRequest(f'the JSON body must be {{"images": ["<base64>", …]}}; {where}: {reason["msg"]}') from error
+    return [_from_base64(text) for text in encoded]
+
+
+def _from_base64(text: str) -> _Upload:
+    try:
+        return _Upload(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        return _Upload(b"", error=UndecodableImage("the string is not base64 (RFC 4648); encode the whole image file"))
+
+
+def _all_failed(errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:
+    """A problem document with the status of the failure if there is one kind of it, else 422, and each image's reason."""
+    if len(errors) == 1:
+        return problem_response(errors[0], request_id)
+    same = len({type(error) for error in errors}) == 1
+    summary = errors[0] if same else UndecodableImage("")
+    summary = type(summary)(f"all {len(errors)} images failed; `predictions` has each one's reason")
+    return problem_response(summary, request_id, predictions)
+
+
+def _server_timing(outcomes: list[Outcome]) -> str:
+    """The slowest image's time in each stage, in milliseconds (W3C Server Timing)."""
+    stages = {
+        "decode": max(o.decode_s for o in outcomes),
+        "queue": max(o.queue_s for o in outcomes),
+        "infer": max(o.infer_s for o in outcomes),
+    }
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())

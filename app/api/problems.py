@@ -1,0 +1,71 @@
+"""Every failure as an RFC 9457 problem document; the one place where an exception becomes an HTTP answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from app.errors import ServiceError
+from app.protection import Send
+from app.schemas import Prediction, Problem
+
+logger = logging.getLogger(__name__)
+MEDIA_TYPE = "application/problem+json"
+
+
+def problem_response(error: ServiceError, request_id: str, predictions: list[Prediction] | None = None) -> Response:
+    """The answer to a failed request; `predictions` gives each image's reason when several failed."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return _respond(error.status, error.code, error.detail, request_id, headers, predictions)
+
+
+async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
+    """Answers a failure found outside FastAPI, and closes the connection: the rest of the body is not read."""
+    response = problem_response(error, scope["state"]["request_id"])
+    response.headers["Connection"] = "close"
+
+    async def no_body() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    await response(scope, no_body, send)
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+
+    @app.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        return problem_response(error, request.state.request_id)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+        details = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        return _respond(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_parameter", details, request.state.request_id, {})
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        status = HTTPStatus(error.status_code)
+        code = status.phrase.lower().replace(" ", "_")
+        return _respond(status, code, str(error.detail), request.state.request_id, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        logger.error("defect while answering %s", request.url.path, exc_info=error)
+        detail = "a defect of the service; its log has the reason under this request id"
+        return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", detail, request.state.request_id, {})
+
+
+def _respond(
+    status: HTTPStatus, code: str, detail: str, request_id: str, headers: dict[str, str], predictions: list[Prediction] | None = None
+) -> Response:
+    problem = Problem(
+        title=status.phrase, status=status, detail=detail, code=code, request_id=request_id, predictions=predictions
+    )
+    return Response(problem.model_dump_json(exclude_none=True), status, headers, MEDIA_TYPE)

@@ -1,0 +1,171 @@
+"""The `convmixer` command: serve, classify, info. Exit codes: 0 done, 1 something failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from app.errors import ServiceError, StartupError
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.engine.scheduler import Outcome
+    from app.schemas import Prediction
+    from app.service import Service
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Classify images with ConvMixer.")
+
+ModelOption = Annotated[str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")]
+
+_WINDOW = 64
+"""Images in flight in `classify`: enough to keep every core busy, few enough to keep memory flat."""
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: CONVMIXER_HOST or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: CONVMIXER_PORT or 8000.")] = None,
+    model: ModelOption = None,
+) -> None:
+    """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
+    import uvicorn
+
+    from app.main import create_app
+    from app.telemetry import configure_logging
+
+    settings = _settings(host=host, port=port, model=model)
+    configure_logging(settings.log_level)
+    # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+
+
+@app.command()
+def classify(
+    paths: Annotated[list[Path], typer.Argument(help="Image files and folders (searched recursively).", exists=True)],
+    model: ModelOption = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes listed in JSON output.")] = 5,
+    output: Annotated[Literal["table", "json", "csv"], typer.Option("--format", help="json: one object a line.")] = "table",
+) -> None:
+    """Classify files and folders on this machine, without a server. Exits with 1 if an image could not be read."""
+    service = _open_service(model)
+    files = list(_image_files(paths))
+    if not files:
+        raise StartupError(f"no image ({', '.join(sorted(_SUFFIXES))}) in {', '.join(map(str, paths))}")
+    failed = 0
+    writer = csv.writer(sys.stdout)
+    if output == "csv":
+        writer.writerow(["file", "label", "confidence", "in_distribution", "error"])
+    with typer.progressbar(
+        _predictions(service, files, top_k), length=len(files), label="classifying", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as predictions:
+        for path, prediction in predictions:
+            failed += prediction.error is not None
+            if output == "json":
+                typer.echo(prediction.model_dump_json(exclude_none=True))
+            elif output == "csv":
+                error = prediction.error.detail if prediction.error else ""
+                writer.writerow([path, prediction.label, prediction.confidence, prediction.in_distribution, error])
+            elif prediction.error:
+                typer.secho(f"{path}  {prediction.error.detail}", fg="red", err=True)
+            else:
+                unsure = "" if prediction.in_distribution in (True, None) else "  (perhaps none of the classes)"
+                typer.echo(f"{path}  {prediction.label}  {prediction.confidence:.1%}{unsure}")
+    service.close()
+    if failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def info(model: ModelOption = None) -> None:
+    """Show what a model says of itself, as JSON."""
+    service = _open_service(model)
+    typer.echo(json.dumps({"sha256": service.sha256, **service.metadata.model_dump(mode="json")}, indent=2))
+    service.close()
+
+
+def main() -> None:
+    """Runs the command line; a failure the user can mend becomes one line on standard error."""
+    try:
+        app()
+    except StartupError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+
+
+def _settings(**overrides: object) -> Settings:
+    return Settings.load(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def _open_service(model: str | None) -> Service:
+    from app.service import Service
+
+    return Service(_settings(model=model))
+
+
+def _image_files(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
+        else:
+            yield path
+
+
+def _predictions(service: Service, files: list[Path], top_k: int) -> Iterator[tuple[Path, Prediction]]:
+    """Keeps `_WINDOW` images in flight and yields answers in the order of `files`."""
+    remaining = iter(enumerate(files))
+    in_flight: list[tuple[int, Path, Future[Outcome] | ServiceError]] = []
+    while True:
+        for index, path in islice(remaining, _WINDOW - len(in_flight)):
+            in_flight.append((index, path, _submit(service, path)))
+        if not in_flight:
+            return
+        index, path, pending = in_flight.pop(0)
+        yield path, _prediction(service, index, path, pending, top_k)
+
+
+def _submit(service: Service, path: Path) -> Future[Outcome] | ServiceError:
+    from app.errors import UndecodableImage
+
+    try:
+        return service.scheduler.submit([path.read_bytes()])[0]
+    except OSError as error:
+        return UndecodableImage(f"cannot be read: {error.strerror}")
+
+
+def _prediction(service: Service, index: int, path: Path, pending: Future[Outcome] | ServiceError, top_k: int) -> Prediction:
+    from app.schemas import ItemError, Prediction
+    from app.verdict import judge
+
+    error = pending if isinstance(pending, ServiceError) else pending.exception()
+    if isinstance(error, ServiceError):
+        return Prediction(index=index, filename=str(path), error=ItemError(code=error.code, detail=error.detail))
+    if isinstance(pending, ServiceError) or error is not None:
+        raise error or pending
+    return judge(pending.result(), service.metadata, index=index, filename=str(path), top_k=top_k)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Where the images of all clients meet: a bounded queue, worker threads, greedy batches, deadlines, drain.
+
+A worker takes what is waiting (never waits for a batch to fill), decodes it, runs the model and resolves the futures:
+one hop between threads a request. Decoding happens in the worker because Pillow and onnxruntime both release the GIL,
+so decoding of one image runs beside inference of another without a second queue.
+
+Every future that `submit` returns is resolved, whatever happens: with a result, or with the ServiceError that says why
+not. An image whose decoding or inference fails takes nobody with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.engine.session import Session
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
+
+logger = logging.getLogger(__name__)
+
+HANG_TIMEOUT_S = 30.0
+"""A worker busy with one batch for longer than this is taken for hung; the service then reports itself dead."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the engine has to say about one image.
+
+    Attributes:
+        logits: float32 [C].
+        class_maps: float32 [C, h, w], or None if not asked for.
+        warnings: of the decoder.
+        queue_s: seconds spent waiting.
+        decode_s: seconds spent decoding this image.
+        infer_s: seconds the batch spent in the model.
+        batch_size: images in that batch.
+    """
+
+    logits: NDArray[np.float32]
+    class_maps: NDArray[np.float32] | None
+    warnings: tuple[str, ...]
+    queue_s: float
+    decode_s: float
+    infer_s: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class _Item:
+    """One image on its way. `decoded` is set by the worker."""
+
+    data: bytes
+    explain: bool
+    deadline: float
+    future: Future[Outcome] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+    decoded: DecodedImage | None = None
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Scheduler:
+    """Feeds a session from a bounded queue.
+
+    Args:
+        session: the model.
+        rule: how pictures are brought to size.
+        limits: largest picture decoded.
+        workers: threads that decode and infer.
+        max_batch: largest batch.
+        max_queue: images waiting at most.
+        on_batch: called after each batch with its outcomes, for metrics; must not raise.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        rule: ResizeRule,
+        limits: DecodeLimits,
+        *,
+        workers: int,
+        max_batch: int,
+        max_queue: int,
+        on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+    ) -> None:
+        self.session, self.rule, self.limits = session, rule, limits
+        self.workers, self.max_batch, self.max_queue = workers, max_batch, max_queue
+        self._on_batch = on_batch
+        self._waiting: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._draining = False
+        self._busy_since: dict[int, float] = {}
+        # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
+        self._image_s = session.warm_up_ms / 1000 / 2
+        self._threads = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, images: Sequence[bytes], *, explain: bool = False, timeout_s: float = math.inf) -> list[Future[Outcome]]:
+        """Queues encoded images, all or none.
+
+        Args:
+            images: whole image files.
+            explain: also compute class maps.
+            timeout_s: an image whose turn has not come by then is dropped.
+
+        Returns:
+            One future an image, in order. Cancelling it drops the image's work if it has not begun. Its exception is
+            one of UnsupportedImage, ImageTooLarge, UndecodableImage, DeadlineExceeded, InferenceFailed, NotServing.
+
+        Raises:
+            Overloaded: no room, or the predicted wait passes the deadline (503 with Retry-After).
+            NotServing: draining (503).
+        """
+        deadline = time.monotonic() + timeout_s
+        items = [_Item(data, explain, deadline) for data in images]
+        with self._changed:
+            if self._draining:
+                raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
+            wait_s = self._predicted_wait_s()
+            if len(self._waiting) + len(items) > self.max_queue or wait_s > timeout_s:
+                raise Overloaded(
+                    f"{len(self._waiting)} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
+                    f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
+                    retry_after_s=max(1, math.ceil(wait_s)),
+                )
+            self._waiting.extend(items)
+            self._changed.notify(len(items))
+        return [item.future for item in items]
+
+    def waiting(self) -> int:
+        """Images in the queue."""
+        return len(self._waiting)
+
+    def failure(self) -> str | None:
+        """Why the engine is dead, or None while it is alive: every worker thread runs and none is stuck."""
+        dead = [t.name for t in self._threads if not t.is_alive()]
+        if dead and not self._draining:
+            return f"worker {', '.join(dead)} died"
+        stuck_s = time.monotonic() - min(self._busy_since.copy().values(), default=math.inf)
+        return f"a worker has been busy with one batch for {stuck_s:.0f} s" if stuck_s > HANG_TIMEOUT_S else None
+
+    @property
+    def draining(self) -> bool:
+        """True once `drain` was called."""
+        return self._draining
+
+    def drain(self, timeout_s: float) -> bool:
+        """Stops accepting, finishes what is queued, ends the workers. False if that took longer than `timeout_s`.
+
+        Whatever is still waiting then is answered with NotServing.
+        """
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+        give_up = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, give_up - time.monotonic()))
+        with self._changed:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for item in left:
+            if item.future.set_running_or_notify_cancel():
+                item.future.set_exception(NotServing("the service shut down before the image's turn came"))
+        return not left and not any(t.is_alive() for t in self._threads)
+
+    def _predicted_wait_s(self) -> float:
+        return len(self._waiting) * self._image_s / self.workers
+
+    def _work(self) -> None:
+        me = threading.get_ident()
+        while True:
+            with self._changed:
+                while not self._waiting and not self._draining:
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+                # leave something for the other workers: two half batches end sooner than one whole
+                share = math.ceil(len(self._waiting) / self.workers)
+                batch = [self._waiting.popleft() for _ in range(min(share, self.max_batch))]
+            self._busy_since[me] = time.monotonic()
+            try:
+                self._process(batch)
+            except Exception as error:  # nobody may wait for ever, and the worker must live
+                logger.exception("a batch failed outside decoding and inference")
+                for item in batch:
+                    if not item.future.done():
+                        _fail(item, InferenceFailed("the engine failed; the log has the reason"), error)
+            finally:
+                del self._busy_since[me]
+
+    def _process(self, batch: list[_Item]) -> None:
+        begin = time.monotonic()
+        ready = [item for item in batch if item.future.set_running_or_notify_cancel() and self._decode(item)]
+        for explain in (False, True):
+            group = [item for item in ready if item.explain is explain]
+            if group:
+                self._infer(group, explain)
+        if ready:
+            seconds = (time.monotonic() - begin) / len(ready)
+            self._image_s += 0.1 * (seconds - self._image_s)
+
+    def _decode(self, item: _Item) -> bool:
+        begin = time.monotonic()
+        item.queue_s = begin - item.submitted
+        if begin > item.deadline:
+            _fail(item, DeadlineExceeded("the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later"))
+            return False
+        try:
+            item.decoded = decode_image(item.data, self.rule, self.limits)
+        except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
+            _fail(item, error)
+            return False
+        item.data = b""
+        item.decode_s = time.monotonic() - begin
+        return True
+
+    def _infer(self, group: list[_Item], explain: bool) -> None:
+        begin = time.monotonic()
+        images = np.stack([item.decoded.pixels for item in group if item.decoded])
+        try:
+            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images), None)
+            if len(logits) != len(group):
+                raise RuntimeError(f"{len(group)} images gave {len(logits)} answers")
+        except Exception as error:
+            if len(group) > 1:  # find the guilty one: alone, each answers for itself
+                for item in group:
+                    self._infer([item], explain)
+                return
+            logger.exception("inference failed")
+            _fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
+            return
+        infer_s = time.monotonic() - begin
+        outcomes = [
+            Outcome(
+                logits[i],
+                None if class_maps is None else class_maps[i],
+                item.decoded.warnings if item.decoded else (),
+                item.queue_s,
+                item.decode_s,
+                infer_s,
+                len(group),
+            )
+            for i, item in enumerate(group)
+        ]
+        for item, outcome in zip(group, outcomes, strict=True):
+            item.future.set_result(outcome)
+        self._on_batch(outcomes)
+
+
+def _fail(item: _Item, error: Exception, cause: Exception | None = None) -> None:
+    error.__cause__ = cause or error.__cause__
+    item.future.set_exception(error)

@@ -1,0 +1,128 @@
+"""One class per failure a client can see: HTTP status, machine-readable code, and when it is raised.
+
+Everything that goes wrong with a request is one of these. `api.problems` turns them into RFC 9457 problem documents; in
+a request of several images those with `per_item = True` stand in the place of the image they belong to.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """Base of all failures below.
+
+    Args:
+        detail: one sentence: what is wrong, which limit or value, what to do. Shown to the client.
+        retry_after_s: seconds after which trying again makes sense; becomes `Retry-After`.
+    """
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    code: ClassVar[str] = "internal_error"
+    per_item: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+class MalformedRequest(ServiceError):
+    """The body is no valid JSON, multipart or base64, or holds no image at all."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "malformed_request"
+
+
+class BodyTooLarge(ServiceError):
+    """More body bytes than `CONVMIXER_MAX_BODY_BYTES`."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "body_too_large"
+
+
+class TooManyImages(ServiceError):
+    """More images in one request than `CONVMIXER_MAX_IMAGES`."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "too_many_images"
+
+
+class ImageTooLarge(ServiceError):
+    """More pixels than `CONVMIXER_MAX_PIXELS` or a side longer than `CONVMIXER_MAX_SIDE`; found before decoding."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "image_too_large"
+    per_item = True
+
+
+class UnsupportedMediaType(ServiceError):
+    """The request's Content-Type is none that `/classify` reads."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_media_type"
+
+
+class UnsupportedImage(ServiceError):
+    """The bytes are no PNG, JPEG, WebP, GIF or BMP."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unsupported_image"
+    per_item = True
+
+
+class UndecodableImage(ServiceError):
+    """The bytes begin as an image but cannot be decoded: truncated, corrupt, or hostile."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "undecodable_image"
+    per_item = True
+
+
+class InvalidParameter(ServiceError):
+    """A query parameter or header has a value outside its range."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "invalid_parameter"
+
+
+class ReceiveTimeout(ServiceError):
+    """The body did not arrive within `CONVMIXER_RECEIVE_TIMEOUT_S`."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
+    code = "receive_timeout"
+
+
+class Overloaded(ServiceError):
+    """The queue is full, or the predicted wait passes the request's deadline. Always has `retry_after_s`."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "overloaded"
+
+
+class NotServing(ServiceError):
+    """The service is starting, draining, or its engine is dead."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "not_serving"
+
+
+class DeadlineExceeded(ServiceError):
+    """The deadline (`X-Deadline-Ms` or `CONVMIXER_DEADLINE_MS`) passed before the image's turn came."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "deadline_exceeded"
+    per_item = True
+
+
+class InferenceFailed(ServiceError):
+    """onnxruntime failed on this image alone; a defect of the service or the model, never of the client."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+    code = "inference_failed"
+    per_item = True
+
+
+class StartupError(Exception):
+    """The service must not start: a setting, the artifact or the provider is wrong. The message says which and why."""

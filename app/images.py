@@ -1,0 +1,148 @@
+"""Bytes from anywhere → uint8 pixels of the model's input size, safely.
+
+What is checked before any pixel is decoded: the format (by content, never by name or Content-Type), the number of
+pixels, the longest side. What is done to the picture, in this order: EXIF orientation is applied, transparency is
+composed on white, grey, palette, CMYK and 16-bit pictures become 8-bit RGB, and the artifact's resize rule brings it to
+size. Of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
+
+from app.errors import ImageTooLarge, ServiceError, UndecodableImage, UnsupportedImage
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_DRAFT_MARGIN = 4
+"""A large JPEG is decoded at a reduced scale of at least this many times the model's side: 10 × cheaper at 12 megapixels."""
+
+_ORIENTATION_TAG = 0x0112
+
+# Our own limits are checked on every image; Pillow's global one would only print a warning before them.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow imports decoders at the first image; the first client should not wait for that. (preinit leaves WebP out.)
+Image.preinit()
+assert WebPImagePlugin.SUPPORTED, "this Pillow was built without WebP"
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """How a picture of any shape becomes a square: part of the artifact, because it belongs to the model.
+
+    Attributes:
+        side: S, pixels.
+        mode: `crop` keeps the largest middle square, `squash` ignores the aspect ratio, `pad` adds grey bars.
+        filter: name of a Pillow resampling filter.
+    """
+
+    side: int
+    mode: Literal["crop", "squash", "pad"] = "crop"
+    filter: Literal["bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """Largest picture that is decoded.
+
+    Attributes:
+        max_pixels: width × height.
+        max_side: the longer of width and height; a 24,000,000 × 1 strip passes a pixel limit and still takes seconds.
+    """
+
+    max_pixels: int
+    max_side: int
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One picture, ready for the model.
+
+    Attributes:
+        pixels: uint8 [S, S, 3], RGB.
+        warnings: what the client should know about the conversion.
+    """
+
+    pixels: NDArray[np.uint8]
+    warnings: tuple[str, ...] = ()
+
+
+def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> DecodedImage:
+    """Decodes one encoded picture.
+
+    Args:
+        data: a whole PNG, JPEG, WebP, GIF or BMP file.
+        rule: size and shape of the result.
+        limits: largest picture accepted.
+
+    Raises:
+        UnsupportedImage: none of the formats above (415).
+        ImageTooLarge: over a limit (413).
+        UndecodableImage: damaged (422).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, limits)
+            if image.format == "JPEG":
+                image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
+            warnings = ["animation: only the first frame was classified"] if getattr(image, "n_frames", 1) > 1 else []
+            image.load()
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
+            rgb = _to_rgb(upright, warnings)
+            if min(rgb.size) < rule.side:
+                warnings.append(f"{rgb.width} x {rgb.height} pixels were enlarged to {rule.side} x {rule.side}")
+            return DecodedImage(np.asarray(_resize(rgb, rule)), tuple(warnings))
+    except ServiceError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnsupportedImage(f"not an image of a type read here: {', '.join(FORMATS)}") from error
+    except Exception as error:
+        # Pillow's decoders raise ValueError, SyntaxError, struct.error, MemoryError, … on hostile bytes; whatever a
+        # picture makes them raise is the picture's fault and must not become a 500.
+        raise UndecodableImage("the image is truncated or damaged; encode it again") from error
+
+
+def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"{width} x {height} = {width * height:,} pixels; the limit is {limits.max_pixels:,} "
+            "(CONVMIXER_MAX_PIXELS); send a smaller image"
+        )
+    if max(width, height) > limits.max_side:
+        raise ImageTooLarge(
+            f"{width} x {height}: the longest side may have {limits.max_side:,} pixels (CONVMIXER_MAX_SIDE); send a smaller image"
+        )
+
+
+def _to_rgb(image: Image.Image, warnings: list[str]) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips 16-bit grey at 255 when it converts, which turns nearly every such picture white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / 65535 * 255).round().clip(0, 255).astype(np.uint8))
+        warnings.append("16-bit grey was reduced to 8 bit")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getextrema()[3][0] < 255:  # type: ignore[index]
+            warnings.append("transparency was composed on white")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
+    size = (rule.side, rule.side)
+    if image.size == size:
+        return image
+    method = Image.Resampling[rule.filter.upper()]
+    if rule.mode == "squash":
+        return image.resize(size, method)
+    if rule.mode == "pad":
+        return ImageOps.pad(image, size, method, color=(128, 128, 128))
+    return ImageOps.fit(image, size, method)

@@ -1,0 +1,59 @@
+"""The web application. Nothing is loaded at import: the lifespan verifies, loads, warms up, serves and drains."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from app import __version__
+from app.api import classify, health, problems
+from app.protection import RequestGuard
+from app.service import Service
+from app.settings import Settings
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        settings: None reads the environment.
+
+    Raises:
+        StartupError: a setting is wrong. (A wrong artifact or provider raises it when the lifespan starts.)
+    """
+    settings = settings or Settings.load()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = Service(settings)
+        app.state.service = service
+        yield
+        await run_in_threadpool(service.close)
+
+    app = FastAPI(
+        title="convmixer-serve",
+        version=__version__,
+        summary="Image classification with ConvMixer",
+        lifespan=lifespan,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    app.include_router(classify.router)
+    app.include_router(health.router)
+    problems.install(app)
+    app.add_middleware(
+        RequestGuard,  # type: ignore[arg-type]
+        max_body_bytes=settings.max_body_bytes,
+        receive_timeout_s=settings.receive_timeout_s,
+        answer_failure=problems.answer_failure,
+        on_response=lambda path, status: _count(app, path, status),
+    )
+    return app
+
+
+def _count(app: FastAPI, path: str, status: int) -> None:
+    if path == "/classify":
+        service: Service = app.state.service
+        service.metrics.requests.labels(str(status)).inc()

@@ -1,0 +1,70 @@
+"""Every setting of the service, typed, read from `CONVMIXER_*` environment variables.
+
+A value of the wrong type, out of range, or a `CONVMIXER_*` variable that does not exist stops the start: a misspelt
+limit must not silently be the default. The table in docs/settings.md is checked against this file by a test.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import StartupError
+
+ENV_PREFIX = "CONVMIXER_"
+
+
+class Settings(BaseSettings):
+    """The service's settings; each field is the environment variable `CONVMIXER_` + its name in capitals."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True)
+
+    model: str = Field("fast", description="A released artifact (`fast`), or the path of an .onnx file with its .sha256 beside it.")
+    model_sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="Expected SHA-256 of the artifact. Unset: the one in the .sha256 file beside it.",
+    )
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to compute. `auto` takes CUDA if it works, `cuda` refuses to start without."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: int = Field(0, ge=0, le=256, description="Inference threads. 0: one per core of the CPU quota; 1 on CUDA.")
+    max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: 4 on a CPU, 128 on CUDA.")
+    max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
+    deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes.")
+    max_images: int = Field(128, ge=1, description="Most images in one request.")
+    max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image, checked before decoding.")
+    max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")
+    receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request body to arrive, in seconds.")
+    drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
+
+    @classmethod
+    def load(cls, **overrides: object) -> Settings:
+        """Reads the environment; keyword arguments win over it.
+
+        Raises:
+            StartupError: a variable is unknown or a value does not fit; the message names each.
+        """
+        known = {ENV_PREFIX + name.upper() for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+        if unknown:
+            raise StartupError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**overrides)  # type: ignore[arg-type]
+        except ValidationError as error:
+            problems = (f"{ENV_PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
+            raise StartupError("; ".join(problems)) from error
+
+    def artifact_path(self) -> Path:
+        """The .onnx file that `model` names."""
+        if self.model.endswith(".onnx"):
+            return Path(self.model)
+        return Path(__file__).parent / "artifacts" / f"{self.model}.onnx"

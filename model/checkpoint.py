@@ -1,0 +1,97 @@
+"""Checkpoint files: one safetensors file that also carries everything needed to rebuild what it holds.
+
+The description (architecture, classes, normalisation, training configuration, metrics) sits in the safetensors header,
+so one rename publishes weights and description together and a kill at any moment leaves the last good file. A copy of
+the description lies beside it as `NAME.json`, for people and `jq`; nothing reads it back. Never pickle.
+See docs/decisions/0002-one-checkpoint-file.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.convmixer import ConvMixer, ConvMixerConfig
+
+FORMAT = "convmixer-checkpoint/1"
+
+
+class CheckpointError(Exception):
+    """The file is missing, damaged, or not a checkpoint of this project."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        tensors: by name; a training checkpoint has more than the model's (`model.`, `ema.`, `optimizer.` prefixes).
+        description: plain JSON values.
+    """
+
+    tensors: dict[str, Tensor]
+    description: dict[str, Any]
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Writes a checkpoint atomically: temporary name, flush to disk, rename.
+
+    Raises:
+        OSError: it could not be written, e.g. the disk is full; an older file of that name is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "description": json.dumps(description)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, header)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sidecar = path.with_suffix(".json.tmp")
+    sidecar.write_text(json.dumps(description, indent=2) + "\n")
+    sidecar.replace(path.with_suffix(".json"))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or of another kind.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of format {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return Checkpoint(tensors, json.loads(header["description"]))
+
+
+def build_model(checkpoint: Checkpoint) -> ConvMixer:
+    """The network of a released checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: the description has no architecture or the weights do not fit it.
+    """
+    try:
+        model = ConvMixer(ConvMixerConfig.from_dict(checkpoint.description["model"]))
+        model.load_state_dict(checkpoint.tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"not a model checkpoint: {error}") from error
+    return model.eval()

@@ -1,0 +1,191 @@
+"""Checkpoint → artifact: one ONNX file with preprocessing inside and its whole description in its metadata.
+
+Normalisation is folded into the stem's weights, which is exact because the patch embedding has no padding. Nothing is
+published unless onnxruntime answers as PyTorch does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.checkpoint import Checkpoint, build_model
+from model.convmixer import ConvMixer, count_macs
+
+CONTRACT = "convmixer-artifact/1"
+METADATA_KEY = "convmixer"
+OPSET = 18
+PARITY_BATCHES = (1, 2, 7)
+LOGIT_TOLERANCE = 1e-3
+_PARITY_CHUNK = 200
+
+
+class ExportError(Exception):
+    """The exported graph does not answer as the network does, or is not self-contained. No file was written."""
+
+
+class Servable(nn.Module):
+    """The network as the service calls it: uint8 pixels in, logits and class maps out.
+
+    Args:
+        model: a trained network.
+        mean: per-channel mean of pixels in [0, 1] that the network was trained with.
+        std: per-channel standard deviation, likewise.
+    """
+
+    def __init__(self, model: ConvMixer, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.model = model
+        # conv(w, (x/255 - mean)/std) = conv(w/(255·std), x) - Σ w·mean/std, since a stride-p patch has no padding
+        scale = 1 / torch.tensor(std).view(1, -1, 1, 1)
+        shift = torch.tensor(mean).view(1, -1, 1, 1)
+        conv = model.stem.conv
+        assert conv.bias is not None
+        with torch.no_grad():
+            conv.bias -= (conv.weight * scale * shift).sum((1, 2, 3))
+            conv.weight *= scale / 255
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, S/p, S/p].
+
+        logits = mean over positions of class maps + bias.
+        """
+        features = self.model.forward_features(images.permute(0, 3, 1, 2).float())
+        class_maps = nn.functional.conv2d(features, self.model.head.weight[:, :, None, None])
+        return self.model.forward_head(features), class_maps
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far onnxruntime is from PyTorch.
+
+    Attributes:
+        max_logit_difference: largest absolute difference of any logit.
+        images: images compared.
+        top1_equal: images with the same top-1 class.
+    """
+
+    max_logit_difference: float
+    images: int
+    top1_equal: int
+
+
+def export(
+    checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, metadata: dict[str, Any]
+) -> ParityReport:
+    """Writes the artifact and its `.sha256`, if it answers as PyTorch does.
+
+    Args:
+        checkpoint: a released checkpoint.
+        images: uint8 [N, S, S, 3], RGB, to check with; the whole test set for a release.
+        output: path of the .onnx file.
+        metadata: what the checkpoint does not know: name, version, resize rule, date, test results, ….
+
+    Returns:
+        The parity that was measured; it is part of the artifact's metadata too.
+
+    Raises:
+        ExportError: the answers differ; nothing is written.
+    """
+    description = checkpoint.description
+    side = description["image_size"]
+    reference = build_model(checkpoint)
+    complete = {
+        "contract": CONTRACT,
+        **metadata,
+        "classes": description["classes"],
+        "input_size": side,
+        "temperature": description["calibration"]["temperature"],
+        "out_of_distribution": {"score": "max_probability", "threshold": description["calibration"]["threshold"]},
+        "architecture": description["name"],
+        "parameters": description["parameters"],
+        "macs": count_macs(reference.config, side),
+        "code_version": description["code_version"],
+    }
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        draft = Path(folder) / output.name
+        _write_graph(build_model(checkpoint), description, draft)
+        parity = check_parity(draft, reference, description, images)
+        complete["parity"] = asdict(parity)
+        _write_metadata(draft, complete)
+        digest = hashlib.sha256(draft.read_bytes()).hexdigest()
+        draft.replace(output)
+    output.with_name(output.name + ".sha256").write_text(f"{digest}  {output.name}\n")
+    return parity
+
+
+def _write_graph(model: ConvMixer, description: dict[str, Any], path: Path) -> None:
+    side = description["image_size"]
+    servable = Servable(model, description["normalize_mean"], description["normalize_std"]).eval()
+    example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
+    program = torch.onnx.export(
+        servable,
+        (example,),
+        input_names=["images"],
+        output_names=["logits", "class_maps"],
+        dynamic_shapes={"images": {0: torch.export.Dim("N")}},
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:  # source locations of the exporter: five times the size of the graph
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del proto.graph.metadata_props[:]
+    onnx.checker.check_model(proto, full_check=True)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer):
+        raise ExportError("the graph keeps weights outside the file")
+    if any(opset.domain not in ("", "ai.onnx") for opset in proto.opset_import):
+        raise ExportError(f"the graph needs operators beyond ONNX: {[o.domain for o in proto.opset_import]}")
+    path.write_bytes(proto.SerializeToString())
+
+
+def _write_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    proto = onnx.load(path)
+    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
+    onnx.save(proto, path)
+
+
+@torch.inference_mode()
+def check_parity(path: Path, reference: ConvMixer, description: dict[str, Any], images: NDArray[np.uint8]) -> ParityReport:
+    """Compares onnxruntime with PyTorch on small batches and on every image given.
+
+    Raises:
+        ExportError: a logit differs by more than `LOGIT_TOLERANCE`, a top-1 class differs, or
+            logits ≠ mean(class maps) + bias.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    mean, std = (torch.tensor(description[k]).view(1, 3, 1, 1) for k in ("normalize_mean", "normalize_std"))
+    chunks = [images[:n] for n in PARITY_BATCHES]
+    chunks += [images[i : i + _PARITY_CHUNK] for i in range(0, len(images), _PARITY_CHUNK)]
+    difference, equal, compared = 0.0, 0, 0
+    for number, chunk in enumerate(chunks):
+        logits, class_maps = session.run(["logits", "class_maps"], {"images": chunk})
+        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255
+        expected = reference((pixels - mean) / std).numpy()
+        difference = max(difference, float(np.abs(logits - expected).max()))
+        from_maps = class_maps.mean((2, 3)) + reference.head.bias.numpy()
+        if not np.allclose(from_maps, logits, atol=LOGIT_TOLERANCE):
+            raise ExportError("logits are not the mean of the class maps plus the bias")
+        if number >= len(PARITY_BATCHES):
+            equal += int((logits.argmax(1) == expected.argmax(1)).sum())
+            compared += len(chunk)
+    if difference > LOGIT_TOLERANCE or equal != compared:
+        raise ExportError(
+            f"onnxruntime differs from PyTorch: logits by up to {difference:.2e} (allowed {LOGIT_TOLERANCE:.0e}), "
+            f"top-1 equal on {equal} of {compared} images; no artifact was written"
+        )
+    return ParityReport(difference, compared, equal)

@@ -1,0 +1,138 @@
+"""The `convmixer-train` command: train, evaluate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from training import config as configuration
+from training.errors import ConfigError, TrainingError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def describe() -> None:
+    """Train, evaluate and export ConvMixer image classifiers."""
+
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder with one sub-folder per class, or with train/ and test/. Default: CIFAR-10, downloaded."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda if there is one.")]
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(configuration.PRESETS)}.")] = "small",
+    data: DataOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output after a stop or a kill.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Overrides the preset's number of epochs.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Overrides any setting; repeatable.")] = None,
+    device: DeviceOption = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False,
+) -> None:
+    """Train a ConvMixer; writes OUTPUT/model.safetensors."""
+    from dataclasses import replace
+
+    from training.data import load_images
+    from training.train import Runtime
+    from training.train import Runtime
+    from training.train import train as run
+
+    overrides = dict(_split_setting(text) for text in settings or [])
+    if epochs is not None:
+        overrides["epochs"] = str(epochs)
+    config = configuration.get_preset(preset).config.override(overrides)
+    runtime = Runtime.detect(compile=compile)
+    if device:
+        runtime = replace(runtime, device=device, precision="float32" if device == "cpu" != runtime.device else runtime.precision)
+    if precision:
+        if precision not in ("float32", "bf16", "fp16"):
+            raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
+        runtime = replace(runtime, precision=precision)
+    path = run(config, load_images(data, "train", config.image_size), output, runtime, resume=resume)
+    typer.echo(f"released {path}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint, e.g. runs/train/model.safetensors.")],
+    data: DataOption = None,
+    output: Annotated[Path | None, typer.Option(help="JSON report. Default: evaluation.json beside the checkpoint.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure a checkpoint on the test set; the only command that reads it."""
+    from training.evaluate import evaluate as run
+
+    path = output or checkpoint.with_name("evaluation.json")
+    report = run(checkpoint, data, path, device or "cpu")
+    typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint with evaluation.json beside it.")],
+    output: Annotated[Path, typer.Argument(help="The .onnx file to write; its .sha256 is written beside it.")],
+    data: DataOption = None,
+    name: Annotated[str, typer.Option(help="Name the service answers with.")] = "fast",
+    version: Annotated[str, typer.Option(help="Version the service answers with.")] = "1.0.0",
+    command: Annotated[str, typer.Option(help="Command that made the checkpoint, for the model card.")] = "",
+) -> None:
+    """Write the artifact the service loads, after checking that it answers exactly as the checkpoint does."""
+    from training.release import export_artifact
+
+    parity = export_artifact(checkpoint, output, data, name=name, version=version, command=command)
+    typer.echo(
+        f"wrote {output}; top-1 equal to PyTorch on {parity.top1_equal} of {parity.images} images, "
+        f"logits within {parity.max_logit_difference:.1e}"
+    )
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="The released checkpoint, with evaluation.json beside it.")],
+    artifact: Annotated[Path, typer.Argument(help="The artifact exported from it.")],
+    output: Annotated[Path, typer.Option(help="Markdown file; pictures go to images/ beside it.")] = Path("docs/model-card.md"),
+) -> None:
+    """Write the model card with its pictures."""
+    from training.release import write_card_for
+
+    write_card_for(checkpoint, artifact, output)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def presets() -> None:
+    """List the presets with their source, cost and result."""
+    for name, preset in configuration.PRESETS.items():
+        typer.echo(f"{name}: {preset.config.model.name}, {preset.config.epochs} epochs")
+        typer.echo(f"  source  {preset.source}\n  cost    {preset.cost}\n  result  {preset.result}")
+
+
+def _split_setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
+def main() -> None:
+    """Runs the command line; a failure the user can mend becomes one line on standard error."""
+    from model.checkpoint import CheckpointError
+    from model.export import ExportError
+
+    try:
+        app()
+    except (TrainingError, CheckpointError, ExportError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Every choice of a training run in one typed place, and the named presets with their source, cost and result.
+
+A preset is a complete, reproducible description of a run. The command line may override any field
+(`--set lr=0.005`); an unknown field or a value of the wrong type stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from model.convmixer import ConvMixerConfig
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training image; all of it is torchvision.transforms.v2.
+
+    Attributes:
+        pad_crop: pixels of zero padding before a random crop; 0 switches it off.
+        crop_scale: smallest share of the area a random-resized-crop keeps (side ratio 1:1); 1.0 switches it off.
+        flip: probability of a horizontal flip.
+        randaugment_ops: operations drawn per image (arXiv 1909.13719); 0 switches it off.
+        randaugment_magnitude: their strength, 0 to 30.
+        erase: probability of erasing a rectangle (arXiv 1708.04896).
+        mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 switches it off.
+        cutmix: alpha of the Beta distribution (arXiv 1905.04899); 0 switches it off. With both, each batch draws one.
+    """
+
+    pad_crop: int = 0
+    crop_scale: float = 0.75
+    flip: float = 0.5
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 8
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        model: the network; `num_classes` is taken from the data.
+        augment: see AugmentConfig.
+        image_size: side in pixels of what the network sees, in training and in service.
+        start_size: side at the first step; grows linearly to `image_size` over the first 70 % of the run, in steps of
+            4 pixels. Smaller images cost less: a way to more epochs on a CPU. 0 means `image_size` from the start.
+        epochs: passes over the training slice.
+        batch_size: images per optimizer step.
+        optimizer: `adamw` or `adam`.
+        lr: peak learning rate.
+        schedule: `one-cycle` (linear from 0 to lr, then a half cosine to 0) or `constant`.
+        warmup: share of the steps that the rise of `one-cycle` takes.
+        weight_decay: of AdamW, on every parameter, as in the paper.
+        adam_eps: epsilon of Adam; the paper's 1e-3 keeps updates small where gradients are small.
+        clip_norm: largest gradient norm; 0 switches clipping off.
+        label_smoothing: share of probability mass spread over all classes.
+        ema_decay: decay per step of the averaged weights that are validated and released; 0 switches it off.
+        normalize_mean: per-channel mean of pixels in [0, 1].
+        normalize_std: per-channel standard deviation of pixels in [0, 1].
+        val_fraction: share of the training images held out for validation, the same for each class.
+        seed: of initialisation, order and augmentation.
+    """
+
+    model: ConvMixerConfig = field(default_factory=ConvMixerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_size: int = 32
+    start_size: int = 0
+    epochs: int = 25
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 0.01
+    schedule: str = "one-cycle"
+    warmup: float = 0.3
+    weight_decay: float = 0.01
+    adam_eps: float = 1e-3
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.1
+    ema_decay: float = 0.998
+    normalize_mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
+    normalize_std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616)
+    val_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require = {
+            "optimizer must be 'adamw' or 'adam'": self.optimizer in ("adamw", "adam"),
+            "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
+            "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,
+            "start_size must be between 0 and image_size": 0 <= self.start_size <= self.image_size,
+            "lr must be positive": self.lr > 0,
+            "val_fraction must be in (0, 0.5]": 0 < self.val_fraction <= 0.5,
+            "warmup must be in [0, 1)": 0 <= self.warmup < 1,
+            "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
+            "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.image_size),
+            "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
+        }
+        for message, holds in require.items():
+            if not holds:
+                raise ConfigError(message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is unknown or a value does not fit.
+        """
+        values = dict(values)
+        try:
+            values["model"] = ConvMixerConfig.from_dict(values.get("model", {}))
+            values["augment"] = AugmentConfig(**values.get("augment", {}))
+            for name in ("normalize_mean", "normalize_std"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+    def override(self, settings: dict[str, str]) -> TrainConfig:
+        """A copy with text values parsed into the fields they name; `model.` and `augment.` prefixes reach inside.
+
+        Args:
+            settings: e.g. `{"epochs": "5", "model.hidden_dim": "64"}`.
+
+        Raises:
+            ConfigError: a field is unknown or a text does not parse as its type.
+        """
+        values = self.to_dict()
+        for path, text in settings.items():
+            group, _, name = path.rpartition(".")
+            owner = {"": TrainConfig, "model": ConvMixerConfig, "augment": AugmentConfig}.get(group)
+            hints = get_type_hints(owner) if owner else {}
+            kind = hints.get(name)
+            if kind not in (int, float, str):
+                raise ConfigError(f"unknown setting {path!r}; known: {', '.join(settable_fields())}")
+            try:
+                (values[group] if group else values)[name] = kind(text)
+            except ValueError as error:
+                raise ConfigError(f"{path}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
+        return TrainConfig.from_dict(values)
+
+
+def settable_fields() -> list[str]:
+    """Names that `TrainConfig.override` understands."""
+    owners = {"": TrainConfig, "model.": ConvMixerConfig, "augment.": AugmentConfig}
+    return [
+        prefix + name for prefix, owner in owners.items() for name, kind in get_type_hints(owner).items() if kind in (int, float, str)
+    ]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named run with its evidence.
+
+    Attributes:
+        config: all settings.
+        source: where the settings come from.
+        cost: what the run takes, on which hardware.
+        result: the accuracy reached by us or reported by the source, and which of the two.
+    """
+
+    config: TrainConfig
+    source: str
+    cost: str
+    result: str
+
+
+PRESETS: dict[str, Preset] = {
+    "cpu": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=192, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, erase=0.25),
+            start_size=20,
+            epochs=10,
+            batch_size=32,
+            lr=0.006,
+            warmup=0.2,
+            weight_decay=0.02,
+        ),
+        source="ours: the authors' small script, narrowed and with growing image size for a machine without AVX-512",
+        cost="see docs/model-card.md, which is generated from the run",
+        result="see docs/model-card.md",
+    ),
+    "small": Preset(
+        TrainConfig(
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
+            epochs=25,
+            batch_size=512,
+            lr=0.01,
+            label_smoothing=0.0,
+            ema_decay=0.0,
+        ),
+        source="authors' CIFAR-10 script (locuslab/convmixer-cifar10), without its colour jitter of 0.1 and with a cosine fall",
+        cost="0.15 GMAC x 3 x 50,000 x 25: minutes on a GPU, hours on a CPU",
+        result="92.6 % reported by the authors; not run by us yet",
+    ),
+    "paper": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=1),
+            augment=AugmentConfig(
+                crop_scale=0.75,
+                flip=0.5,
+                randaugment_ops=2,
+                randaugment_magnitude=9,
+                erase=0.25,
+                mixup=0.5,
+                cutmix=0.5,
+            ),
+            epochs=200,
+            batch_size=128,
+            lr=0.01,
+            ema_decay=0.0,
+        ),
+        source="paper, section 3 'CIFAR-10' and appendix (256/8 k9 p1, 706,570 parameters)",
+        cost="0.71 GMAC x 3 x 50,000 x 200: hours on a data-centre GPU",
+        result="95.9-96.0 % reported by the authors; not run by us yet",
+    ),
+    "reference": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(pad_crop=4, crop_scale=1.0, flip=0.5),
+            epochs=150,
+            batch_size=64,
+            optimizer="adam",
+            lr=2.5e-4,
+            schedule="constant",
+            weight_decay=0.0,
+            adam_eps=1e-8,
+            clip_norm=0.0,
+            label_smoothing=0.0,
+            ema_decay=0.0,
+            normalize_mean=(0.5, 0.5, 0.5),
+            normalize_std=(0.5, 0.5, 0.5),
+        ),
+        source="annotated implementation (labml.ai), conv_mixer/experiment.py (643,338 parameters)",
+        cost="0.16 GMAC x 3 x 50,000 x 150: hours on a GPU",
+        result="no accuracy was ever reported; not run by us yet",
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

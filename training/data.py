@@ -1,0 +1,130 @@
+"""Images on disk → one uint8 tensor with labels, split into training and validation.
+
+CIFAR-10 fits in memory many times over, so a data set is a tensor and not a loader. Sources: torchvision's CIFAR-10
+download, or any folder with one sub-folder per class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+from training.errors import DataError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images in memory.
+
+    Attributes:
+        images: uint8 [N, 3, S, S], RGB.
+        labels: int64 [N], index into `classes`.
+        classes: names, in the order of the network's outputs.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels, labels and class names: equal only for the same data in the same order."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest.update(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_images(source: Path | None, split: Literal["train", "test"], image_size: int) -> ImageSet:
+    """Loads one split.
+
+    Args:
+        source: a folder with one sub-folder per class, or with `train/` and `test/` that hold such folders; None for
+            CIFAR-10, downloaded by torchvision to `data/torchvision` on first use.
+        split: `train` or `test`; ignored for a folder that has neither sub-folder.
+        image_size: side S that every image is brought to.
+
+    Raises:
+        DataError: the folder is missing, empty, has one class only, or holds an unreadable image.
+    """
+    if source is None:
+        return _load_cifar10(Path("data/torchvision"), split, image_size)
+    if not source.is_dir():
+        raise DataError(f"{source} is not a folder; --data takes a folder with one sub-folder per class")
+    return _load_folder(source / split if (source / split).is_dir() else source, image_size)
+
+
+def split_validation(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Holds out the same share of every class: (training slice, validation slice).
+
+    Raises:
+        DataError: a class has fewer than two images, so that one slice would lack it.
+    """
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    held_out = []
+    for index, name in enumerate(data.classes):
+        members = order[data.labels[order] == index]
+        if len(members) < 2:
+            raise DataError(f"class {name!r} has {len(members)} image(s); at least 2 are needed to hold one out")
+        held_out.append(members[: max(1, round(len(members) * fraction))])
+    is_validation = torch.zeros(len(data), dtype=torch.bool)
+    is_validation[torch.cat(held_out)] = True
+    return tuple(  # type: ignore[return-value]
+        ImageSet(data.images[mask], data.labels[mask], data.classes) for mask in (~is_validation, is_validation)
+    )
+
+
+def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:
+    try:
+        source = CIFAR10(str(root), train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Give a folder with --data.") from error
+    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    if image_size != pixels.shape[-1]:
+        raise DataError(f"CIFAR-10 is 32 x 32; image_size {image_size} needs a folder of images (--data)")
+    return ImageSet(pixels, torch.tensor(source.targets), list(source.classes))
+
+
+def _load_folder(folder: Path, image_size: int) -> ImageSet:
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        found = f"only {classes[0]!r}" if classes else "none"
+        raise DataError(f"{folder} must hold one sub-folder per class, at least two; found {found}")
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    empty = set(range(len(classes))) - {label for _, label in files}
+    if empty:
+        raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")
+    images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
+    for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False)):
+        images[index] = torch.from_numpy(_read_image(path, image_size)).permute(2, 0, 1)
+    return ImageSet(images, torch.tensor([label for _, label in files]), classes)
+
+
+def _read_image(path: Path, image_size: int) -> np.ndarray:
+    """uint8 [S, S, 3], RGB, upright; cropped to the middle square when the sides differ, as the service does."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
+    if upright.size != (image_size, image_size):
+        upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.array(upright)

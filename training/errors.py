@@ -1,0 +1,25 @@
+"""Failures a person running a training can do something about. The command line prints the message and exits with 1."""
+
+
+class TrainingError(Exception):
+    """Base of all failures below; the message says what is wrong, where, and what to do."""
+
+
+class ConfigError(TrainingError):
+    """A preset, setting or value does not exist or does not fit."""
+
+
+class DataError(TrainingError):
+    """The data folder is missing, has fewer than two classes, or holds a file that is no readable image."""
+
+
+class ResumeError(TrainingError):
+    """The checkpoint cannot be continued: its data, settings or code differ from this run's."""
+
+
+class DivergenceError(TrainingError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class StorageError(TrainingError):
+    """A checkpoint or report could not be written, usually because the disk is full."""

@@ -1,0 +1,62 @@
+"""The one place that reads the test set: a released checkpoint → a JSON report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.checkpoint import build_model, load_checkpoint
+from training.augment import normalization
+from training.config import TrainConfig
+from training.data import ImageSet, load_images
+from training.errors import DataError
+from training.metrics import score
+
+BATCH_SIZE = 250
+
+
+def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device: str) -> dict[str, Any]:
+    """Measures a released checkpoint on test images and writes the report.
+
+    Args:
+        checkpoint_path: a `model.safetensors`.
+        data_path: see `training.data.load_images`.
+        output: JSON file written: top-1, top-5, per class, confusion matrix (rows: true class), NLL, Brier, ECE.
+        device: torch device.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the data cannot be read or has other classes than the checkpoint.
+    """
+    checkpoint = load_checkpoint(checkpoint_path)
+    description = checkpoint.description
+    data = load_images(data_path, "test", description["image_size"])
+    if data.classes != description["classes"]:
+        raise DataError(f"the data has classes {data.classes}, the checkpoint {description['classes']}")
+    config = TrainConfig.from_dict(description["training"]["config"])
+    logits = compute_logits(build_model(checkpoint), data, config, torch.device(device), progress=True)
+    report = {
+        "checkpoint": checkpoint_path.name,
+        "checkpoint_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
+        "data_sha256": data.fingerprint(),
+        **score(logits, data.labels, data.classes, description["calibration"]["temperature"]),
+    }
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+@torch.inference_mode()
+def compute_logits(
+    model: nn.Module, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
+) -> Tensor:
+    """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
+    model.eval().to(device, memory_format=torch.channels_last)
+    normalize = normalization(config)
+    batches = tqdm(data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=not progress)
+    return torch.cat([model(normalize(b).to(device, memory_format=torch.channels_last)).float().cpu() for b in batches])

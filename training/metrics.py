@@ -1,0 +1,103 @@
+"""How good and how honest a classifier is, from logits and labels alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CALIBRATION_BINS = 15
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature that minimises cross-entropy on held-out images (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        logits: float [N, C].
+        labels: int64 [N].
+
+    Returns:
+        T > 0; probabilities are softmax(logits / T).
+    """
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+    logits = logits.double()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits / log_temperature.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return float(log_temperature.exp())
+
+
+def confidence_threshold(logits: Tensor, temperature: float, kept: float = 0.95) -> float:
+    """The top probability below which a picture is called "none of the classes": keeps 95 % of held-out images."""
+    confidence = F.softmax(logits.double() / temperature, dim=1).amax(1)
+    return float(torch.quantile(confidence, 1 - kept))
+
+
+def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:
+    """Equal-width confidence bins: count, mean confidence and accuracy of each (0 where a bin is empty)."""
+    probabilities = F.softmax(logits.double() / temperature, dim=1)
+    confidence, predicted = probabilities.max(1)
+    index = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    correct = (predicted == labels).double()
+    rows = []
+    for number in range(CALIBRATION_BINS):
+        member = index == number
+        count = int(member.sum())
+        rows.append(
+            {
+                "count": count,
+                "confidence": float(confidence[member].mean()) if count else 0.0,
+                "accuracy": float(correct[member].mean()) if count else 0.0,
+            }
+        )
+    return rows
+
+
+def expected_calibration_error(bins: list[dict[str, float]]) -> float:
+    """ECE in [0, 1]: mean gap between confidence and accuracy over the bins, weighted by count."""
+    total = sum(b["count"] for b in bins)
+    return sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / total
+
+
+def probability_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
+    """`nll` in nats, `brier` in [0, 2] and `ece` in [0, 1] of softmax(logits / temperature)."""
+    scaled = logits.double() / temperature
+    one_hot = F.one_hot(labels, logits.shape[1])
+    return {
+        "nll": float(F.cross_entropy(scaled, labels)),
+        "brier": float((F.softmax(scaled, dim=1) - one_hot).square().sum(1).mean()),
+        "ece": expected_calibration_error(calibration_bins(logits, labels, temperature)),
+    }
+
+
+def score(logits: Tensor, labels: Tensor, classes: list[str], temperature: float) -> dict[str, Any]:
+    """Everything `convmixer-train evaluate` reports, as plain values.
+
+    Args:
+        logits: float [N, C].
+        labels: int64 [N].
+        classes: C names.
+        temperature: fitted on held-out training images.
+    """
+    count = len(classes)
+    ranked = logits.argsort(1, descending=True)
+    confusion = torch.bincount(labels * count + ranked[:, 0], minlength=count * count).view(count, count)
+    return {
+        "images": len(labels),
+        "top1": float((ranked[:, 0] == labels).double().mean()),
+        "top5": float((ranked[:, :5] == labels[:, None]).any(1).double().mean()),
+        "per_class": {name: float(confusion[i, i] / confusion[i].sum()) for i, name in enumerate(classes)},
+        "confusion": confusion.tolist(),
+        "temperature": temperature,
+        "uncalibrated": probability_scores(logits, labels),
+        "calibrated": probability_scores(logits, labels, temperature),
+        "bins": calibration_bins(logits, labels, temperature),
+    }

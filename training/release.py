@@ -1,0 +1,89 @@
+"""From a finished run to what the repository ships: artifact and model card, from checkpoint and evaluation."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from model.checkpoint import load_checkpoint
+from model.export import METADATA_KEY, ExportError, ParityReport, export
+from training.data import load_images
+from training.errors import DataError
+
+RESIZE = {"mode": "crop", "filter": "bicubic"}
+"""How the service brings other shapes to the input size; `training.data` does the same."""
+
+
+def export_artifact(
+    checkpoint_path: Path, output: Path, data_path: Path | None, *, name: str, version: str, command: str
+) -> ParityReport:
+    """Exports a checkpoint that was evaluated, checks parity on the test images, and writes the artifact.
+
+    Args:
+        checkpoint_path: a `model.safetensors` with `evaluation.json` beside it.
+        output: the .onnx file.
+        data_path: see `training.data.load_images`.
+        name: of the model, for clients.
+        version: of the model, for clients.
+        command: what made the checkpoint.
+
+    Raises:
+        DataError: the evaluation is missing or of another checkpoint.
+        ExportError: the graph does not answer as the network does; nothing is written.
+    """
+    evaluation = load_evaluation(checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path)
+    data = load_images(data_path, "test", checkpoint.description["image_size"])
+    training = checkpoint.description["training"]
+    metadata = {
+        "name": name,
+        "version": version,
+        "resize": RESIZE,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "checkpoint_sha256": evaluation["checkpoint_sha256"],
+        "command": command,
+        "test": {key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")},
+        "training": {
+            "epochs": training["config"]["epochs"],
+            "seconds": round(training["seconds"]),
+            "hardware": training["hardware"],
+        },
+    }
+    images = data.images.permute(0, 2, 3, 1).contiguous().numpy()
+    return export(checkpoint, images, output, metadata)
+
+
+def write_card_for(checkpoint_path: Path, artifact_path: Path, output: Path) -> None:
+    """Writes the model card of a released artifact.
+
+    Raises:
+        ExportError: the artifact was not exported from this checkpoint.
+    """
+    from training.report import write_card
+
+    evaluation = load_evaluation(checkpoint_path)
+    properties = {p.key: p.value for p in onnx.load(artifact_path).metadata_props}
+    artifact: dict[str, Any] = json.loads(properties[METADATA_KEY])
+    if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
+        raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
+    write_card(load_checkpoint(checkpoint_path), evaluation, artifact, output)
+
+
+def load_evaluation(checkpoint_path: Path) -> dict[str, Any]:
+    """The report of `convmixer-train evaluate` beside a checkpoint.
+
+    Raises:
+        DataError: there is none, or it is of other weights.
+    """
+    path = checkpoint_path.with_name("evaluation.json")
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `convmixer-train evaluate {checkpoint_path}` first")
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report["checkpoint_sha256"] != hashlib.sha256(checkpoint_path.read_bytes()).hexdigest():
+        raise DataError(f"{path} is of another checkpoint; run `convmixer-train evaluate {checkpoint_path}` again")
+    return report

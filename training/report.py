@@ -1,0 +1,160 @@
+"""The model card: Markdown and pictures, generated from the released checkpoint and its evaluation. Never edited by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from model.checkpoint import Checkpoint
+
+_COLOR = "#2563eb"
+_MUTED = "#94a3b8"
+
+
+def write_card(checkpoint: Checkpoint, evaluation: dict[str, Any], artifact: dict[str, Any], output: Path) -> None:
+    """Writes `output` (Markdown) and its pictures beside it in `images/`.
+
+    Args:
+        checkpoint: the released checkpoint.
+        evaluation: report of `convmixer-train evaluate`.
+        artifact: the exported artifact's metadata.
+        output: the Markdown file.
+    """
+    pictures = output.parent / "images"
+    pictures.mkdir(parents=True, exist_ok=True)
+    stem = artifact["name"]
+    draw_curves(checkpoint.description["training"]["history"], pictures / f"{stem}-curves.png")
+    draw_confusion(evaluation, checkpoint.description["classes"], pictures / f"{stem}-confusion.png")
+    draw_reliability(evaluation["bins"], pictures / f"{stem}-reliability.png")
+    output.write_text(_markdown(checkpoint.description, evaluation, artifact, stem))
+
+
+def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Loss and validation accuracy by epoch."""
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(epochs, [row["train_loss"] for row in history], color=_MUTED, label="training (augmented, smoothed labels)")
+    left.plot(epochs, [row["val_loss"] for row in history], color=_COLOR, label="validation")
+    left.set(xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+    left.legend(frameon=False)
+    right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_COLOR, marker="o", markersize=3)
+    right.set(xlabel="epoch", ylabel="validation accuracy, %")
+    _finish(figure, path, left, right)
+
+
+def draw_confusion(evaluation: dict[str, Any], classes: list[str], path: Path) -> None:
+    """Confusion matrix in percent of the true class."""
+    confusion = evaluation["confusion"]
+    shares = [[100 * value / max(1, sum(row)) for value in row] for row in confusion]
+    side = 1.6 + 0.45 * len(classes)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    # the diagonal would drown the mistakes, so colour ends at the largest mistake
+    worst = max(shares[i][j] for i in range(len(classes)) for j in range(len(classes)) if i != j)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=max(worst, 1.0) * 1.5)
+    for i, row in enumerate(shares):
+        for j, value in enumerate(row):
+            if value >= 0.05:
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white" if i == j else "black")
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true", title=f"% of each true class ({evaluation['images']:,} test images)")
+    _finish(figure, path)
+
+
+def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
+    """Accuracy against confidence, after temperature scaling."""
+    filled = [b for b in bins if b["count"]]
+    figure, axes = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
+    axes.plot([0, 1], [0, 1], color=_MUTED, linestyle="--", label="honest")
+    total = sum(b["count"] for b in filled)
+    axes.scatter(
+        [b["confidence"] for b in filled],
+        [b["accuracy"] for b in filled],
+        s=[12 + 300 * b["count"] / total for b in filled],
+        color=_COLOR,
+        label="bins, area = share",
+    )
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="upper left")
+    _finish(figure, path, axes)
+
+
+def _finish(figure: Any, path: Path, *axes: Axes) -> None:
+    for a in axes:
+        a.spines[["top", "right"]].set_visible(False)
+        a.grid(color="#e2e8f0", linewidth=0.6)
+        a.set_axisbelow(True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact: dict[str, Any], stem: str) -> str:
+    training = description["training"]
+    config = training["config"]
+    calibrated, raw = evaluation["calibrated"], evaluation["uncalibrated"]
+    n, top1 = evaluation["images"], evaluation["top1"]
+    error = 1.96 * (top1 * (1 - top1) / n) ** 0.5
+    rows = {
+        "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; one run, seed {config['seed']})",
+        "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
+        "Validation accuracy": f"{training['history'][-1]['val_accuracy']:.2%} ({training['validation_images']:,} held-out images)",
+        "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
+        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}",
+        "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
+        "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",
+        "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
+        "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} (keeps 95 % of held-out images)",
+        "Trained on": f"{training['images']:,} images, {config['epochs']} epochs of batch {config['batch_size']}",
+        "Training time": f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, {training['precision']}, torch {training['torch']}",
+        "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
+        "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} of {artifact['parity']['images']:,} images, "
+        f"logits within {artifact['parity']['max_logit_difference']:.1e}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    per_class = "\n".join(f"| {name} | {value:.1%} |" for name, value in evaluation["per_class"].items())
+    return f"""# Model card: {artifact["name"]} {artifact["version"]}
+
+Generated by `convmixer-train card`; do not edit.
+
+| | |
+|---|---|
+{table}
+
+Made by:
+
+    {artifact["command"]}
+
+## What it is for
+
+Telling which of {len(description["classes"])} classes a picture shows: {", ".join(description["classes"])}. It saw only
+{artifact["input_size"]} × {artifact["input_size"]} pixels of each in training, so large photos are judged by their rough
+shape and colour, and a picture of anything else still gets one of these labels: look at `in_distribution`.
+
+## Training
+
+![Training curves](images/{stem}-curves.png)
+
+```json
+{json.dumps(config, indent=2)}
+```
+
+## Mistakes
+
+![Confusion matrix](images/{stem}-confusion.png)
+
+| class | accuracy |
+|---|---|
+{per_class}
+
+## Honesty of the probabilities
+
+![Reliability diagram](images/{stem}-reliability.png)
+"""

@@ -1,0 +1,402 @@
+"""The training loop: data → augmentation → step → validation → checkpoint, readable from top to bottom in `train`.
+
+Everything random is a function of (seed, epoch) or (seed, step), and everything else that a step depends on is in the
+training checkpoint. A run that is killed and resumed therefore ends with the same weights as one that was not.
+
+Two files appear in the output folder: `last.safetensors`, from which the run resumes, and at the end
+`model.safetensors`, the released checkpoint (the averaged weights, when averaging is on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixer, count_parameters
+from training import __version__
+from training.augment import Augmentation
+from training.config import TrainConfig
+from training.convolution import use_fast_weight_gradients
+from training.data import ImageSet, split_validation
+from training.errors import DataError, DivergenceError, ResumeError, StorageError
+from training.evaluate import compute_logits
+from training.metrics import confidence_threshold, fit_temperature, probability_scores
+
+CHECKPOINT_INTERVAL_S = 300.0
+"""A kill costs at most this much work; a checkpoint of 0.7 M parameters takes some milliseconds."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is executed. Unlike `TrainConfig` it may change between a checkpoint and its resumption.
+
+    Attributes:
+        device: torch device, e.g. `cpu` or `cuda`.
+        precision: `float32`, or the autocast type `bf16` or `fp16`.
+        compile: run the network through torch.compile.
+        tensorboard: write event files next to the checkpoints.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    tensorboard: bool = True
+
+    @classmethod
+    def detect(cls, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
+        """The fastest safe choice here: CUDA with bf16, a CPU with bf16 only where its hardware computes in it."""
+        if torch.cuda.is_available():
+            return cls("cuda", "bf16", compile, tensorboard)
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return cls("cpu", "bf16" if has_bf16 else "float32", compile, tensorboard)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *, resume: bool = False) -> Path:
+    """Trains one network.
+
+    Args:
+        config: the run; `config.model.num_classes` is replaced by the number of classes in `data`.
+        data: training images of side `config.image_size`; a validation slice is held out of them.
+        output: folder for checkpoints and logs.
+        runtime: device, precision and compilation.
+        resume: continue from `output/last.safetensors`.
+
+    Returns:
+        Path of the released checkpoint, `output/model.safetensors`.
+
+    Raises:
+        DataError: fewer images than one batch.
+        ResumeError: there is nothing to resume, or it belongs to another run.
+        DivergenceError: the loss became NaN or infinite.
+        StorageError: a checkpoint could not be written.
+        SystemExit: SIGTERM or SIGINT came; a checkpoint was written first.
+    """
+    config = replace(config, model=replace(config.model, num_classes=len(data.classes)))
+    training, validation = split_validation(data, config.val_fraction, config.seed)
+    steps_per_epoch = len(training) // config.batch_size
+    if steps_per_epoch == 0:
+        raise DataError(f"{len(training)} training images do not fill one batch of {config.batch_size}")
+    total_steps = config.epochs * steps_per_epoch
+
+    device = torch.device(runtime.device)
+    torch.manual_seed(config.seed)
+    model = ConvMixer(config.model).to(device, memory_format=torch.channels_last)
+    if device.type == "cpu" and config.model.kernel_size % 2 == 1 and shutil.which("c++"):
+        use_fast_weight_gradients(model)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    optimizer = _build_optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
+    network = torch.compile(model) if runtime.compile else model
+    augment = Augmentation(config, len(data.classes))
+    state = _TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
+
+    progress = state.load() if resume else _Progress()
+    writer = _summary_writer(output) if runtime.tensorboard else None
+    bar = tqdm(
+        total=total_steps,
+        initial=progress.step,
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 30,
+        desc=f"{config.model.name} {count_parameters(model):,} parameters, {runtime.device} {runtime.precision}",
+    )
+    started = time.monotonic() - progress.seconds
+    begun = saved_at = time.monotonic()
+
+    with _termination_requested() as termination, bar:
+        for step in range(progress.step, total_steps):
+            epoch, position = divmod(step, steps_per_epoch)
+            if position == 0 or step == progress.step:
+                order = torch.randperm(len(training), generator=_generator(config.seed, epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total_steps)
+
+            torch.manual_seed(_mix_seed(config.seed, step))
+            batch = order[position * config.batch_size : (position + 1) * config.batch_size]
+            size = image_size_at(config, step, total_steps)
+            images, targets = augment(training.images[batch], training.labels[batch], size)
+            images = images.to(device, memory_format=torch.channels_last)
+            targets = targets.to(device)
+
+            model.train()
+            with _autocast(device, runtime.precision):
+                logits = network(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+            scaler.scale(loss).backward()
+            if config.clip_norm:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update_parameters(model)
+
+            loss_value = loss.item()
+            if not math.isfinite(loss_value):
+                raise DivergenceError(
+                    f"loss is {loss_value} at step {step} (epoch {epoch + 1}); {state.path} is from before it. "
+                    f"Start anew with a smaller learning rate, e.g. --set lr={config.lr / 2:g}"
+                )
+            progress.step = step + 1
+            progress.loss_sum += loss_value
+            progress.seconds = time.monotonic() - started
+            bar.update()
+            rate = config.batch_size * (progress.step - bar.initial) / (time.monotonic() - begun)
+            bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {loss_value:.3f}", False)
+
+            epoch_ends = position == steps_per_epoch - 1
+            if epoch_ends:
+                released = ema.module if config.ema_decay else model
+                val_logits = compute_logits(released, validation, config, device)
+                val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
+                row = {
+                    "epoch": epoch + 1,
+                    "train_loss": progress.loss_sum / steps_per_epoch,
+                    "val_loss": float(F.cross_entropy(val_logits, validation.labels)),
+                    "val_accuracy": val_accuracy,
+                    "lr": learning_rate(config, step, total_steps),
+                    "image_size": size,
+                    "seconds": progress.seconds,
+                }
+                progress.history.append(row)
+                progress.loss_sum = 0.0
+                tqdm.write(f"epoch {epoch + 1:3d}  loss {row['train_loss']:.4f}  validation {val_accuracy:.2%}", file=sys.stderr)
+                if writer:
+                    for name, value in row.items():
+                        writer.add_scalar(name, value, epoch + 1)
+            if epoch_ends or termination or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S:
+                state.save(progress)
+                saved_at = time.monotonic()
+            if termination:
+                tqdm.write(f"stopped at step {step + 1} by a signal; continue with --resume", file=sys.stderr)
+                raise SystemExit(128 + termination[0])
+    if writer:
+        writer.close()
+    released = ema.module if config.ema_decay else model
+    calibration = calibrate(compute_logits(released, validation, config, device), validation.labels)
+    return state.release(released, progress, calibration, len(training), len(validation), runtime)
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Temperature and rejection threshold, fitted on the held-out slice; never on the test set.
+
+    Args:
+        logits: of the validation images, float32 [N, C].
+        labels: int64 [N].
+    """
+    temperature = fit_temperature(logits, labels)
+    return {
+        "temperature": temperature,
+        "threshold": confidence_threshold(logits, temperature),
+        "before": probability_scores(logits, labels),
+        "after": probability_scores(logits, labels, temperature),
+    }
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step, counted from 0."""
+    if config.schedule == "constant":
+        return config.lr
+    done = (step + 1) / total_steps
+    if done < config.warmup:
+        return config.lr * done / config.warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / (1 - config.warmup)))
+
+
+def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
+    """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `image_size`."""
+    if not config.start_size:
+        return config.image_size
+    done = min(1.0, step / (0.7 * total_steps))
+    size = config.start_size + done * (config.image_size - config.start_size)
+    return min(config.image_size, round(size / 4) * 4)
+
+
+class _TrainingState:
+    """Writes and reads the training checkpoint, and the released one at the end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageSet,
+        path: Path,
+        model: ConvMixer,
+        ema: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.config, self.path, self.classes = config, path, data.classes
+        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
+        self.data_sha256 = data.fingerprint()
+
+    def save(self, progress: _Progress) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        description = {
+            "config": self.config.to_dict(),
+            "data_sha256": self.data_sha256,
+            "code_version": __version__,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "loss_sum": progress.loss_sum,
+            "history": progress.history,
+            "scaler": self.scaler.state_dict(),
+        }
+        _write(self.path, tensors, description)
+
+    def load(self) -> _Progress:
+        try:
+            checkpoint = load_checkpoint(self.path)
+        except CheckpointError as error:
+            raise ResumeError(f"{error}; start without --resume") from error
+        found = checkpoint.description
+        if found["data_sha256"] != self.data_sha256:
+            raise ResumeError(f"{self.path} was trained on other data; resuming needs exactly the same images and labels")
+        if found["code_version"] != __version__:
+            raise ResumeError(f"{self.path} is from version {found['code_version']}, this is {__version__}; start anew")
+        ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
+        changed = [f"{key} was {theirs[key]}, now {ours[key]}" for key in ours if ours[key] != theirs[key]]
+        if changed:
+            raise ResumeError(f"settings differ from {self.path}: {'; '.join(changed)}")
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, tensor in checkpoint.tensors.items():
+            group, _, key = name.partition(".")
+            groups[group][key] = tensor
+        self.model.load_state_dict(groups["model"])
+        self.ema.load_state_dict(groups["ema"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in groups["optimizer"].items():
+            index, slot = key.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.scaler.load_state_dict(found["scaler"])
+        return _Progress(found["step"], found["seconds"], found["loss_sum"], found["history"])
+
+    def release(
+        self,
+        model: nn.Module,
+        progress: _Progress,
+        calibration: dict[str, Any],
+        n_training: int,
+        n_validation: int,
+        runtime: Runtime,
+    ) -> Path:
+        path = self.path.with_name("model.safetensors")
+        description = {
+            "name": self.config.model.name,
+            "model": self.config.to_dict()["model"],
+            "parameters": count_parameters(model),
+            "classes": self.classes,
+            "image_size": self.config.image_size,
+            "normalize_mean": list(self.config.normalize_mean),
+            "normalize_std": list(self.config.normalize_std),
+            "calibration": calibration,
+            "training": {
+                "config": self.config.to_dict(),
+                "images": n_training,
+                "validation_images": n_validation,
+                "data_sha256": self.data_sha256,
+                "seconds": progress.seconds,
+                "history": progress.history,
+                "hardware": hardware(runtime),
+                "torch": torch.__version__,
+                "precision": runtime.precision,
+            },
+            "code_version": __version__,
+        }
+        _write(path, dict(model.state_dict()), description)
+        return path
+
+
+def hardware(runtime: Runtime) -> str:
+    """One line that says what computed: the GPU's name, or the processor and the threads used of it."""
+    if torch.device(runtime.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def _mix_seed(seed: int, counter: int) -> int:
+    return seed * 1_000_000_007 + counter
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_mix_seed(seed, epoch))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    try:
+        save_checkpoint(path, tensors, description)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC or "No space" in str(error) else str(error)
+        raise StorageError(f"{path} could not be written: {reason}; an earlier checkpoint there is untouched") from error
+
+
+@contextlib.contextmanager
+def _termination_requested() -> Iterator[list[int]]:
+    """A list that holds the signal's number once SIGTERM or SIGINT has come, so that a step ends before the run does."""
+    received: list[int] = []
+    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _summary_writer(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard is not installed; no event files are written", file=sys.stderr)
+        return None
+    return SummaryWriter(os.fspath(output / "tensorboard"))
