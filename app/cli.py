@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Classify images with ConvMixer.")
 
-ModelOption = Annotated[str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
+]
 
 _WINDOW = 64
 """Images in flight in `classify`: enough to keep every core busy, few enough to keep memory flat."""
@@ -46,6 +49,8 @@ def serve(
 
     settings = _settings(host=host, port=port, model=model)
     configure_logging(settings.log_level)
+    # the lifespan has said in one line why it does not start; Starlette would add its traceback
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -79,7 +84,11 @@ def classify(
     if output == "csv":
         writer.writerow(["file", "label", "confidence", "in_distribution", "error"])
     with typer.progressbar(
-        _predictions(service, files, top_k), length=len(files), label="classifying", file=sys.stderr, hidden=not sys.stderr.isatty()
+        _predictions(service, files, top_k),
+        length=len(files),
+        label="classifying",
+        file=sys.stderr,
+        hidden=not sys.stderr.isatty(),
     ) as predictions:
         for path, prediction in predictions:
             failed += prediction.error is not None
@@ -112,6 +121,11 @@ def main() -> None:
         app()
     except StartupError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        typer.secho("error: onnxruntime is missing; install convmixer-serve[cpu] or convmixer-serve[cuda]", fg="red", err=True)
         raise SystemExit(1) from error
 
 

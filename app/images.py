@@ -28,7 +28,8 @@ _ORIENTATION_TAG = 0x0112
 Image.MAX_IMAGE_PIXELS = None
 # Pillow imports decoders at the first image; the first client should not wait for that. (preinit leaves WebP out.)
 Image.preinit()
-assert WebPImagePlugin.SUPPORTED, "this Pillow was built without WebP"
+if not WebPImagePlugin.SUPPORTED:
+    raise ImportError("this Pillow was built without WebP; install the one from PyPI")
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> Decoded
             warnings = ["animation: only the first frame was classified"] if getattr(image, "n_frames", 1) > 1 else []
             image.load()
             upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
-            rgb = _to_rgb(upright, warnings)
-            if min(rgb.size) < rule.side:
-                warnings.append(f"{rgb.width} x {rgb.height} pixels were enlarged to {rule.side} x {rule.side}")
-            return DecodedImage(np.asarray(_resize(rgb, rule)), tuple(warnings))
+            full = _to_8_bit(upright, warnings)
+            if min(full.size) < rule.side:
+                warnings.append(f"{full.width} x {full.height} pixels were enlarged to {rule.side} x {rule.side}")
+            # composed when small: a full-size layer and its white ground would double the memory of a large picture
+            return DecodedImage(np.asarray(_compose_on_white(_resize(full, rule), warnings)), tuple(warnings))
     except ServiceError:
         raise
     except UnidentifiedImageError as error:
@@ -120,20 +122,23 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, warnings: list[str]) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+def _to_8_bit(image: Image.Image, warnings: list[str]) -> Image.Image:
+    """RGB, or RGBA where something is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips 16-bit grey at 255 when it converts, which turns nearly every such picture white
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / 65535 * 255).round().clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         warnings.append("16-bit grey was reduced to 8 bit")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        if layer.getextrema()[3][0] < 255:  # type: ignore[index]
-            warnings.append("transparency was composed on white")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+        return image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _compose_on_white(image: Image.Image, warnings: list[str]) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.getextrema()[3][0] < 255:  # type: ignore[index]
+        warnings.append("transparency was composed on white")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -10,9 +11,12 @@ from starlette.concurrency import run_in_threadpool
 
 from app import __version__
 from app.api import classify, health, problems
+from app.errors import StartupError
 from app.protection import RequestGuard
 from app.service import Service
 from app.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -28,7 +32,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = Service(settings)
+        try:
+            service = Service(settings)
+        except StartupError as error:
+            logger.critical("the service does not start: %s", error)
+            raise
         app.state.service = service
         yield
         await run_in_threadpool(service.close)

@@ -54,6 +54,7 @@ class RequestGuard:
         self.on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection scope (ASGI 3)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -89,7 +90,9 @@ class RequestGuard:
             received += len(message.get("body", b""))
             body_ended = not message.get("more_body", False)
             if received > limit:
-                raise BodyTooLarge(f"the body has more than {limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images")
+                raise BodyTooLarge(
+                    f"the body has more than {limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"
+                )
             return message
 
         try:

@@ -23,7 +23,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True)
 
-    model: str = Field("fast", description="A released artifact (`fast`), or the path of an .onnx file with its .sha256 beside it.")
+    model: str = Field(
+        "fast", description="A released artifact (`fast`), or the path of an .onnx file with its .sha256 beside it."
+    )
     model_sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",

@@ -17,10 +17,10 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "convmixer_requests", "Requests to /classify by HTTP status.", ["status"], registry=self.registry
+        self.requests = Counter("convmixer_requests", "Requests to /classify by HTTP status.", ["status"], registry=self.registry)
+        self.failures = Counter(
+            "convmixer_failures", "Failed requests and images by error code.", ["code"], registry=self.registry
         )
-        self.failures = Counter("convmixer_failures", "Failed requests and images by error code.", ["code"], registry=self.registry)
         self.images = Counter("convmixer_images", "Images classified.", registry=self.registry)
         self.request_s = self._histogram("convmixer_request_seconds", "Body received to answer ready.")
         self.queue_s = self._histogram("convmixer_queue_seconds", "An image's wait for a worker.")

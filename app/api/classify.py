@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from app.api.problems import problem_response
 from app.engine.scheduler import Outcome
-from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
+from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.schemas import ClassifyAnswer, ClassifyJson, ItemError, ModelRef, Prediction, Problem
 from app.service import Service
 from app.verdict import judge
@@ -72,8 +72,12 @@ _BODY_SCHEMA: dict[str, Any] = {
     },
 }
 
+# FastAPI would call it application/json; the models it refers to are components of the document through ClassifyAnswer
+_PROBLEM_SCHEMA = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+del _PROBLEM_SCHEMA["$defs"]
+
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    int(status): {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+    int(status): {"description": text, "content": {"application/problem+json": {"schema": _PROBLEM_SCHEMA}}}
     for status, text in {
         HTTPStatus.BAD_REQUEST: "The body is malformed.",
         HTTPStatus.REQUEST_TIMEOUT: "The body did not arrive in time.",
@@ -110,6 +114,8 @@ async def classify(
     begin = time.monotonic()
     uploads = await _read_uploads(request, service.settings.max_images)
     timeout_s = (x_deadline_ms or service.settings.deadline_ms) / 1000 - (time.monotonic() - begin)
+    if timeout_s <= 0:
+        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
     good = [upload.data for upload in uploads if upload.error is None]
     futures = service.scheduler.submit(good, explain=explain, timeout_s=timeout_s) if good else []
     results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True))
@@ -133,7 +139,9 @@ async def classify(
     if not outcomes:
         return _all_failed(errors, predictions, request_id)
     answer = ClassifyAnswer(
-        model=ModelRef(name=service.metadata.name, version=service.metadata.version), predictions=predictions, request_id=request_id
+        model=ModelRef(name=service.metadata.name, version=service.metadata.version),
+        predictions=predictions,
+        request_id=request_id,
     )
     headers = {"Server-Timing": _server_timing(outcomes)}
     return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
@@ -154,7 +162,9 @@ async def _read_uploads(request: Request, max_images: int) -> list[_Upload]:
             f"Content-Type {media_type!r} is not read here; send {', '.join(RAW_TYPES)}, multipart/form-data or application/json"
         )
     if len(uploads) > max_images:
-        raise TooManyImages(f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests")
+        raise TooManyImages(
+            f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests"
+        )
     return uploads
 
 

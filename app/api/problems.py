@@ -63,7 +63,12 @@ def install(app: FastAPI) -> None:
 
 
 def _respond(
-    status: HTTPStatus, code: str, detail: str, request_id: str, headers: dict[str, str], predictions: list[Prediction] | None = None
+    status: HTTPStatus,
+    code: str,
+    detail: str,
+    request_id: str,
+    headers: dict[str, str],
+    predictions: list[Prediction] | None = None,
 ) -> Response:
     problem = Problem(
         title=status.phrase, status=status, detail=detail, code=code, request_id=request_id, predictions=predictions

@@ -84,7 +84,9 @@ def read_verified(path: Path, expected_sha256: str | None = None) -> VerifiedByt
         try:
             expected_sha256 = sums.read_text().split()[0]
         except (OSError, IndexError) as error:
-            raise StartupError(f"no hash to verify {path} with: write {sums} (sha256sum) or set CONVMIXER_MODEL_SHA256") from error
+            raise StartupError(
+                f"no hash to verify {path} with: write {sums} (sha256sum) or set CONVMIXER_MODEL_SHA256"
+            ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected_sha256:
         raise StartupError(f"model {path} has SHA-256 {found}, expected {expected_sha256}: damaged or not the released file")

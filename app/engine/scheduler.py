@@ -214,7 +214,9 @@ class Scheduler:
         begin = time.monotonic()
         item.queue_s = begin - item.submitted
         if begin > item.deadline:
-            _fail(item, DeadlineExceeded("the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later"))
+            _fail(
+                item, DeadlineExceeded("the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later")
+            )
             return False
         try:
             item.decoded = decode_image(item.data, self.rule, self.limits)

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from app.engine.artifact import ArtifactMetadata, VerifiedBytes, parse_metadata
 from app.errors import StartupError
+
+# onnxruntime reports its use to its maker by default; it reads this when it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime  # noqa: E402
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDER_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -68,9 +71,12 @@ class Session:
 def available_cores() -> int:
     """Cores this process may use: its CPU affinity, or the cgroup quota (rounded up) where that is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    cgroup = Path("/sys/fs/cgroup")
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
+        with suppress(OSError, ValueError):  # no such file, or no quota ("max", -1)
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+            if int(quota) > 0:
+                cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
 
 

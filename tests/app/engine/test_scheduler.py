@@ -1,0 +1,216 @@
+"""The scheduler with the real model: batches, deadlines, drain, and that one bad image harms only itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+import numpy as np
+import pytest
+
+from app.engine.artifact import read_verified
+from app.engine.scheduler import Scheduler
+from app.engine.session import Session
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
+from app.images import DecodeLimits
+
+TIMEOUT_S = 60
+
+
+class GatedSession(Session):
+    """The real session, stopped at a gate so that a queue can build up, and failing on demand."""
+
+    def __init__(self, model) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.poison: np.ndarray | None = None
+        self.batches: list[int] = []
+        super().__init__(model, "cpu")
+        self.batches.clear()
+
+    def infer(self, images):
+        self.batches.append(len(images))
+        self.entered.set()
+        assert self.gate.wait(TIMEOUT_S)
+        if self.poison is not None and any(np.array_equal(image, self.poison) for image in images):
+            raise RuntimeError("poisoned")
+        return super().infer(images)
+
+
+@pytest.fixture
+def session(artifact_path):
+    return GatedSession(read_verified(artifact_path))
+
+
+@pytest.fixture
+def make(session):
+    made = []
+
+    def build(**choices) -> Scheduler:
+        choices = {"workers": 1, "max_batch": 4, "max_queue": 100, **choices}
+        made.append(Scheduler(session, session.metadata.resize, DecodeLimits(10**6, 10**4), **choices))
+        return made[-1]
+
+    yield build
+    session.gate.set()
+    for scheduler in made:
+        assert scheduler.drain(TIMEOUT_S)
+
+
+def hold(session, scheduler, data):
+    """Occupies the only worker until the gate opens; returns that image's future."""
+    session.gate.clear()
+    session.entered.clear()
+    (future,) = scheduler.submit([data])
+    assert session.entered.wait(TIMEOUT_S)
+    return future
+
+
+def test_images_meet_in_batches_and_keep_their_order(session, make, samples):
+    scheduler = make()
+    alone = [scheduler.submit([s.data])[0].result(TIMEOUT_S).logits for s in samples[:9]]
+    first = hold(session, scheduler, samples[0].data)
+    futures = scheduler.submit([s.data for s in samples[:9]])
+    session.batches.clear()
+    session.gate.set()
+    results = [f.result(TIMEOUT_S) for f in futures]
+    assert session.batches == [4, 4, 1]
+    assert [r.batch_size for r in results] == [4] * 8 + [1]
+    for expected, result in zip(alone, results, strict=True):
+        assert np.allclose(expected, result.logits, atol=1e-4)
+    assert first.result(TIMEOUT_S).class_maps is None
+
+
+def test_explained_and_plain_images_share_a_queue(make, samples):
+    scheduler = make()
+    (plain,) = scheduler.submit([samples[0].data])
+    (explained,) = scheduler.submit([samples[0].data], explain=True)
+    assert explained.result(TIMEOUT_S).class_maps.shape == (10, 16, 16)
+    assert np.allclose(plain.result().logits, explained.result().logits, atol=1e-4)
+
+
+def test_only_the_guilty_image_of_a_failed_batch_fails(session, make, samples):
+    scheduler = make()
+    good = [s.data for s in samples[:4]]
+    expected = [f.result(TIMEOUT_S).logits for f in scheduler.submit(good)]
+    session.poison = np.full((32, 32, 3), 255, np.uint8)
+    white = _png(np.full((32, 32, 3), 255, np.uint8))
+    first = hold(session, scheduler, samples[0].data)
+    futures = scheduler.submit([good[1], b"junk", white, good[3]])
+    session.gate.set()
+    assert np.allclose(futures[0].result(TIMEOUT_S).logits, expected[1], atol=1e-4)
+    assert isinstance(futures[1].exception(TIMEOUT_S), ServiceError)
+    assert isinstance(futures[2].exception(TIMEOUT_S), InferenceFailed)
+    assert np.allclose(futures[3].result(TIMEOUT_S).logits, expected[3], atol=1e-4)
+    assert first.exception(TIMEOUT_S) is None
+    assert scheduler.failure() is None
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_full_queue_refuses_all_or_none(session, make, samples):
+    scheduler = make(max_queue=3)
+    hold(session, scheduler, samples[0].data)
+    scheduler.submit([samples[1].data] * 2)
+    with pytest.raises(Overloaded) as refusal:
+        scheduler.submit([samples[2].data] * 2)
+    assert refusal.value.retry_after_s >= 1
+    assert scheduler.waiting() == 2
+    scheduler.submit([samples[2].data])
+
+
+def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(session, make, samples):
+    scheduler = make()
+    hold(session, scheduler, samples[0].data)
+    scheduler.submit([samples[1].data] * 50)
+    with pytest.raises(Overloaded):
+        scheduler.submit([samples[2].data], timeout_s=1e-6)
+
+
+def test_a_deadline_that_passed_in_the_queue_costs_no_inference(session, make, samples):
+    scheduler = make()
+    hold(session, scheduler, samples[0].data)
+    (late,) = scheduler.submit([samples[1].data], timeout_s=0.001)
+    (patient,) = scheduler.submit([samples[2].data])
+    wait([late], timeout=0.01)  # lets the deadline pass: the worker is held
+    session.batches.clear()
+    session.gate.set()
+    assert isinstance(late.exception(TIMEOUT_S), DeadlineExceeded)
+    assert patient.result(TIMEOUT_S).batch_size == 1
+    assert session.batches == [1]
+
+
+def test_a_cancelled_image_costs_no_inference(session, make, samples):
+    scheduler = make()
+    hold(session, scheduler, samples[0].data)
+    gone, stays = scheduler.submit([samples[1].data, samples[2].data])
+    assert gone.cancel()
+    session.batches.clear()
+    session.gate.set()
+    assert stays.result(TIMEOUT_S).batch_size == 1
+    with pytest.raises(CancelledError):
+        gone.result(TIMEOUT_S)
+
+
+def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, samples):
+    scheduler = make()
+    first = hold(session, scheduler, samples[0].data)
+    futures = scheduler.submit([s.data for s in samples[:20]])
+    drained: list[bool] = []
+    thread = threading.Thread(target=lambda: drained.append(scheduler.drain(TIMEOUT_S)))
+    thread.start()
+    while not scheduler.draining:
+        time.sleep(0)
+    with pytest.raises(NotServing):
+        scheduler.submit([samples[0].data])
+    session.gate.set()
+    thread.join(TIMEOUT_S)
+    assert drained == [True]
+    assert all(f.exception() is None for f in [first, *futures])
+
+
+def test_a_drain_that_takes_too_long_still_resolves_every_future(session, make, samples):
+    scheduler = make()
+    first = hold(session, scheduler, samples[0].data)
+    (waiting,) = scheduler.submit([samples[1].data])
+    assert not scheduler.drain(0.01)
+    assert isinstance(waiting.exception(TIMEOUT_S), NotServing)
+    session.gate.set()
+    assert first.exception(TIMEOUT_S) is None
+
+
+def test_a_worker_that_hangs_is_seen(session, make, samples, monkeypatch):
+    scheduler = make()
+    assert scheduler.failure() is None
+    hold(session, scheduler, samples[0].data)
+    monkeypatch.setattr("app.engine.scheduler.HANG_TIMEOUT_S", 0)
+    assert "busy with one batch" in scheduler.failure()
+    session.gate.set()
+
+
+def test_many_threads_submitting_get_their_own_answers(make, samples):
+    scheduler = make(workers=2)
+    expected = [f.result(TIMEOUT_S).logits for f in scheduler.submit([s.data for s in samples[:40]])]
+    answers: dict[int, np.ndarray] = {}
+
+    def ask(index: int) -> None:
+        answers[index] = scheduler.submit([samples[index].data])[0].result(TIMEOUT_S).logits
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    for index, logits in answers.items():
+        assert np.allclose(logits, expected[index], atol=1e-4)
+    assert len(answers) == 40

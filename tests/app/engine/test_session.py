@@ -1,0 +1,65 @@
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from app.engine.artifact import METADATA_KEY, read_verified
+from app.engine.session import Session, available_cores
+from app.errors import StartupError
+
+
+@pytest.fixture(scope="module")
+def session(artifact_path):
+    return Session(read_verified(artifact_path), "cpu")
+
+
+@pytest.fixture(scope="module")
+def images(samples):
+    return np.stack([np.asarray(Image.open(s.path).convert("RGB")) for s in samples[::20]])
+
+
+def test_a_batch_gives_what_its_images_give_alone(session, images):
+    together = session.infer(images)
+    alone = np.concatenate([session.infer(image[None]) for image in images])
+    assert np.allclose(together, alone, atol=1e-4)
+    assert together.dtype == np.float32
+
+
+def test_class_maps_average_to_the_logits(session, images):
+    logits, maps = session.explain(images)
+    assert np.allclose(logits, session.infer(images), atol=1e-4)
+    assert maps.shape == (len(images), 10, 16, 16)
+    bias = logits - maps.mean((2, 3))
+    assert np.allclose(bias, bias[0], atol=1e-3)
+
+
+def test_available_cores_is_within_this_machine():
+    assert 1 <= available_cores() <= 4096
+
+
+def write(path, model):
+    path.write_bytes(model.SerializeToString())
+    return read_verified(path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_a_graph_of_another_shape_is_refused(artifact_path, tmp_path):
+    model = onnx.load(artifact_path)
+    del model.graph.output[1]
+    with pytest.raises(StartupError, match="class_maps"):
+        Session(write(tmp_path / "m.onnx", model))
+    model = onnx.load(artifact_path)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 64
+    with pytest.raises(StartupError):
+        Session(write(tmp_path / "m.onnx", model))
+
+
+def test_answers_that_are_not_finite_stop_the_start(artifact_path, tmp_path):
+    model = onnx.load(artifact_path)
+    names = {t.name: t for t in model.graph.initializer}
+    head = next(t for t in names.values() if list(t.dims) == [10])
+    head.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), head.name))
+    assert METADATA_KEY in {p.key for p in model.metadata_props}
+    with pytest.raises(StartupError, match="not finite"):
+        Session(write(tmp_path / "m.onnx", model))

@@ -1,0 +1,171 @@
+"""Any ordinary picture gives the right pixels; any other bytes give one of three errors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from app.errors import ImageTooLarge, UndecodableImage, UnsupportedImage
+from app.images import DecodeLimits, ResizeRule, decode_image
+
+RULE = ResizeRule(32)
+LIMITS = DecodeLimits(max_pixels=1_000_000, max_side=2_000)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, rule: ResizeRule = RULE) -> np.ndarray:
+    return decode_image(data, rule, LIMITS).pixels
+
+
+@pytest.fixture(scope="module")
+def picture(samples) -> Image.Image:
+    with Image.open(samples[25].path) as image:
+        return image.convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_lossless_formats_are_exact(picture, kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode(encode(picture, kind, **options)), np.asarray(picture))
+
+
+def close(found: np.ndarray, expected: Image.Image, tolerance: float) -> bool:
+    """Mean absolute difference of pixels, in grey levels."""
+    difference = np.abs(found.astype(float) - np.asarray(expected, dtype=float)).mean()
+    return bool(difference <= tolerance)
+
+
+def test_jpeg_of_every_kind(picture):
+    for options in ({}, {"progressive": True}, {"subsampling": 2}):
+        assert close(decode(encode(picture, "JPEG", quality=95, **options)), picture, 6)
+    grey = picture.convert("L")
+    assert close(decode(encode(grey, "JPEG", quality=98)), grey.convert("RGB"), 3)
+    cmyk = picture.convert("CMYK")
+    assert close(decode(encode(cmyk, "JPEG", quality=98)), cmyk.convert("RGB"), 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(picture, orientation):
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, 1)
+    tags = Image.Exif()
+    tags[0x0112] = undo
+    carrier = Image.new("RGB", picture.size)
+    carrier.paste(picture)
+    carrier.getexif()[0x0112] = undo
+    stored = ImageOps.exif_transpose(carrier)
+    stored_tags = Image.Exif()
+    stored_tags[0x0112] = orientation
+    assert np.array_equal(decode(encode(stored, "PNG", exif=stored_tags)), np.asarray(picture))
+
+
+def test_transparency_is_composed_on_white_and_said(picture):
+    layer = picture.convert("RGBA")
+    layer.putalpha(0)
+    result = decode_image(encode(layer, "PNG"), RULE, LIMITS)
+    assert (result.pixels == 255).all()
+    assert "transparency was composed on white" in result.warnings
+    opaque = decode_image(encode(picture.convert("RGBA"), "PNG"), RULE, LIMITS)
+    assert np.array_equal(opaque.pixels, np.asarray(picture))
+    assert opaque.warnings == ()
+
+
+def test_palettes_with_and_without_transparency(picture):
+    palette = picture.quantize(64)
+    assert np.array_equal(decode(encode(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    assert np.array_equal(decode(encode(palette, "GIF")), np.asarray(palette.convert("RGB")))
+    first = palette.getpixel((0, 0))
+    pixels = decode(encode(palette, "PNG", transparency=first))
+    assert (pixels[0, 0] == 255).all()
+
+
+def test_grey_with_alpha_and_bilevel(picture):
+    grey = picture.convert("L")
+    assert np.array_equal(decode(encode(grey.convert("LA"), "PNG")), np.asarray(grey.convert("RGB")))
+    bilevel = picture.convert("1")
+    assert np.array_equal(decode(encode(bilevel, "PNG")), np.asarray(bilevel.convert("RGB")))
+
+
+def test_16_bit_grey_keeps_its_tones(picture):
+    grey = np.asarray(picture.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    result = decode_image(encode(deep, "PNG"), RULE, LIMITS)
+    assert np.array_equal(result.pixels[..., 0], grey)
+    assert result.warnings == ("16-bit grey was reduced to 8 bit",)
+
+
+def test_the_first_frame_of_an_animation_counts_and_is_said(picture):
+    other = Image.new("RGB", picture.size, "red")
+    for kind in ("WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        result = decode_image(encode(picture, kind, save_all=True, append_images=[other], **options), RULE, LIMITS)
+        assert np.array_equal(result.pixels, np.asarray(picture))
+        assert result.warnings == ("animation: only the first frame was classified",)
+
+
+def test_shapes_follow_the_resize_rule():
+    wide = Image.new("RGB", (120, 60), "blue")
+    wide.paste("white", (30, 0, 90, 60))  # the middle square is white
+    data = encode(wide, "PNG")
+    assert (decode(data, ResizeRule(32, "crop"))[:, 2:-2] == 255).all()
+    squashed = decode(data, ResizeRule(32, "squash"))
+    assert (squashed[:, :6] == (0, 0, 255)).all()
+    assert (squashed[:, 10:22] == 255).all()
+    padded = decode(data, ResizeRule(32, "pad"))
+    assert (padded[:6] == 128).all()
+    assert (padded[16, 10:22] == 255).all()
+
+
+def test_a_small_picture_is_enlarged_and_that_is_said(picture):
+    result = decode_image(encode(picture.resize((16, 16)), "PNG"), RULE, LIMITS)
+    assert result.pixels.shape == (32, 32, 3)
+    assert result.warnings == ("16 x 16 pixels were enlarged to 32 x 32",)
+
+
+def test_a_large_jpeg_is_read_at_reduced_scale_with_the_same_result():
+    gradient = Image.radial_gradient("L").resize((990, 990)).convert("RGB")
+    expected = ImageOps.fit(gradient, (32, 32), Image.Resampling.BICUBIC)
+    assert close(decode(encode(gradient, "JPEG", quality=95)), expected, 1)
+
+
+@pytest.mark.parametrize("size", [(1001, 1000), (2001, 1), (1, 2001)])
+def test_too_many_pixels_or_too_long_a_side(size):
+    with pytest.raises(ImageTooLarge, match=f"{size[0]} x {size[1]}"):
+        decode(encode(Image.new("1", size), "PNG"))
+
+
+def test_other_bytes_are_no_image(picture):
+    for data in (b"", b"hello", b"<svg/>", encode(picture, "TIFF"), encode(picture, "PPM")):
+        with pytest.raises(UnsupportedImage, match="PNG, JPEG, WEBP, GIF, BMP"):
+            decode(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_cut_off_anywhere_it_is_an_error_or_a_picture_never_a_crash(picture, kind):
+    whole = encode(picture, kind)
+    refused = 0
+    for length in range(0, len(whole), max(1, len(whole) // 60)):
+        try:
+            assert decode(whole[:length]).shape == (32, 32, 3)
+        except (UnsupportedImage, UndecodableImage):
+            refused += 1
+    assert refused > 30
+
+
+def test_flipped_bytes_never_crash(picture):
+    generator = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        whole = np.frombuffer(encode(picture, kind), np.uint8)
+        for _ in range(40):
+            damaged = whole.copy()
+            damaged[generator.integers(0, len(whole), 5)] = generator.integers(0, 256, 5)
+            with contextlib.suppress(UnsupportedImage, UndecodableImage, ImageTooLarge):
+                assert decode(damaged.tobytes()).dtype == np.uint8

@@ -1,0 +1,38 @@
+import re
+
+import pytest
+
+from app.errors import StartupError
+from app.settings import ENV_PREFIX, Settings
+
+
+def test_environment_is_read_and_arguments_win(monkeypatch):
+    monkeypatch.setenv("CONVMIXER_PORT", "9000")
+    monkeypatch.setenv("CONVMIXER_MAX_IMAGES", "7")
+    settings = Settings.load(port=9001)
+    assert (settings.port, settings.max_images) == (9001, 7)
+
+
+def test_a_misspelt_variable_stops_the_start(monkeypatch):
+    monkeypatch.setenv("CONVMIXER_MAX_IMAGE", "7")
+    with pytest.raises(StartupError, match=r"CONVMIXER_MAX_IMAGE; known: .*CONVMIXER_MAX_IMAGES"):
+        Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PORT", "70000"), ("PROVIDER", "tpu"), ("DEADLINE_MS", "0"), ("MODEL_SHA256", "abc")]
+)
+def test_a_bad_value_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(ENV_PREFIX + name, value)
+    with pytest.raises(StartupError, match=f"{ENV_PREFIX}{name}='{value}'"):
+        Settings.load()
+
+
+def test_every_setting_is_documented_with_its_default(repository):
+    """docs/settings.md has one table row a setting: variable, default, description."""
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*) \|$", (repository / "docs" / "settings.md").read_text(), re.MULTILINE)
+    expected = [
+        (ENV_PREFIX + name.upper(), "" if field.default is None else str(field.default), field.description)
+        for name, field in Settings.model_fields.items()
+    ]
+    assert rows == expected

@@ -1,0 +1,74 @@
+"""What every test may use: 200 real CIFAR-10 test images with labels, the artifact that ships, the real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server import ServerProcess
+
+REPOSITORY = Path(__file__).parent.parent
+IMAGES = Path(__file__).parent / "data" / "cifar10"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One real test image."""
+
+    path: Path
+    label: str
+
+    @property
+    def data(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def samples() -> list[Sample]:
+    found = [Sample(path, path.parent.name) for path in sorted(IMAGES.glob("*/*.webp"))]
+    assert len(found) == 200
+    return found
+
+
+@pytest.fixture(scope="session")
+def artifact_path() -> Path:
+    return REPOSITORY / "app" / "artifacts" / "fast.onnx"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers with settings of a test's own; stops what is left of them."""
+    started: list[ServerProcess] = []
+
+    def start_server(**settings: str | Path | int) -> ServerProcess:
+        started.append(ServerProcess(**{name: str(value) for name, value in settings.items()}))
+        return started[-1]
+
+    yield start_server
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def base_url() -> Iterator[str]:
+    """One server with default settings for all tests that do not disturb it."""
+    server = ServerProcess()
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="session")
+def client(base_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=base_url, timeout=60) as client:
+        yield client

@@ -1,0 +1,310 @@
+"""`POST /classify` of the real server, real model, real images."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.checkpoint import build_model, load_checkpoint
+from tests.server import ServerProcess
+
+WEBP = {"Content-Type": "image/webp"}
+
+
+def classify(client: httpx.Client, data: bytes, **parameters: Any) -> dict[str, Any]:
+    response = client.post("/classify", content=data, headers=WEBP, params=parameters)
+    assert response.status_code == 200, response.text
+    prediction: dict[str, Any] = response.json()["predictions"][0]
+    return prediction
+
+
+def test_accuracy_is_what_the_card_says(client, samples):
+    """Binomial: with the card's accuracy, fewer right answers than this happen once in some 30,000 runs."""
+    stated = client.get("/model").json()["metadata"]["test"]["top1"]
+    right = sum(classify(client, s.data)["label"] == s.label for s in samples)
+    spread = math.sqrt(len(samples) * stated * (1 - stated))
+    assert abs(right - stated * len(samples)) <= 4 * spread
+
+
+def test_every_answer_equals_pytorch(client, samples, repository):
+    checkpoint = load_checkpoint(repository / "releases" / "fast" / "model.safetensors")
+    description = checkpoint.description
+    pixels = np.stack([np.asarray(Image.open(s.path).convert("RGB")) for s in samples])
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(description[k]).view(1, 3, 1, 1) for k in ("normalize_mean", "normalize_std"))
+    with torch.inference_mode():
+        logits = build_model(checkpoint)((scaled - mean) / std)
+    expected = torch.softmax(logits / description["calibration"]["temperature"], 1).numpy()
+
+    for sample, probabilities in zip(samples, expected, strict=True):
+        answer = classify(client, sample.data, top_k=len(description["classes"]))
+        served = {entry["label"]: entry["probability"] for entry in answer["top_k"]}
+        assert answer["label"] == description["classes"][int(probabilities.argmax())]
+        assert [served[name] for name in description["classes"]] == pytest.approx(probabilities, abs=1e-4)
+
+
+def test_the_three_kinds_of_body_give_the_same_answer(client, samples):
+    chosen = samples[::40]
+    raw = [classify(client, s.data) for s in chosen]
+    form = client.post("/classify", files=[("images", (s.path.name, s.data)) for s in chosen]).json()["predictions"]
+    encoded = [base64.b64encode(s.data).decode() for s in chosen]
+    body = client.post("/classify", json={"images": encoded}).json()["predictions"]
+    for index, sample in enumerate(chosen):
+        assert form[index]["index"] == body[index]["index"] == index
+        assert form[index]["filename"] == sample.path.name
+        assert form[index]["label"] == body[index]["label"] == raw[index]["label"]
+        assert form[index]["confidence"] == pytest.approx(raw[index]["confidence"], abs=1e-5)
+
+
+def test_probabilities_are_ranked_and_sum_to_one(client, samples):
+    classes = client.get("/model").json()["classes"]
+    answer = classify(client, samples[0].data, top_k=1000)
+    probabilities = [entry["probability"] for entry in answer["top_k"]]
+    assert sorted(entry["label"] for entry in answer["top_k"]) == sorted(classes)
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-6)
+    assert answer["confidence"] == probabilities[0]
+    assert len(classify(client, samples[0].data, top_k=2)["top_k"]) == 2
+
+
+def test_heat_map_covers_the_picture_and_only_on_request(client, samples):
+    plain = classify(client, samples[0].data)
+    explained = classify(client, samples[0].data, explain="true")
+    values = np.array(explained["heat_map"]["values"])
+    assert "heat_map" not in plain
+    assert explained["heat_map"]["label"] == explained["label"] == plain["label"]
+    assert values.shape == (16, 16)
+    assert values.min() == 0
+    assert values.max() == 1
+    assert explained["confidence"] == pytest.approx(plain["confidence"], abs=1e-5)
+
+
+def test_request_id_and_timing_are_in_the_headers(client, samples):
+    response = client.post("/classify", content=samples[0].data, headers={**WEBP, "X-Request-ID": "mine-42"})
+    assert response.headers["X-Request-ID"] == response.json()["request_id"] == "mine-42"
+    stages = [part.split(";dur=") for part in response.headers["Server-Timing"].split(", ")]
+    assert [name for name, _ in stages] == ["decode", "queue", "infer"]
+    assert all(float(duration) >= 0 for _, duration in stages)
+    hostile = client.post("/classify", content=samples[0].data, headers={**WEBP, "X-Request-ID": "a\tb" * 40})
+    assert len(hostile.headers["X-Request-ID"]) == 32
+
+
+def test_a_bad_image_harms_only_itself(client, samples):
+    parts = [
+        ("good.webp", samples[0].data),
+        ("cut.webp", samples[1].data[:60]),
+        ("text.png", b"hello"),
+        ("b.webp", samples[2].data),
+    ]
+    response = client.post("/classify", files=[("images", part) for part in parts])
+    assert response.status_code == 200
+    predictions = response.json()["predictions"]
+    assert [p["filename"] for p in predictions] == [name for name, _ in parts]
+    assert [p.get("error", {}).get("code") for p in predictions] == [None, "undecodable_image", "unsupported_image", None]
+    assert predictions[0]["label"] == classify(client, samples[0].data)["label"]
+    assert predictions[3]["label"] == classify(client, samples[2].data)["label"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [([b"no", b"no"], 415, "unsupported_image"), ([b"no", b"\x89PNG\r\n\x1a\n"], 422, "undecodable_image")],
+)
+def test_a_request_of_bad_images_only_fails_with_each_ones_reason(client, parts, status, code):
+    response = client.post("/classify", files=[("images", ("x.png", part)) for part in parts])
+    assert response.status_code == status
+    assert response.json()["code"] == code
+    assert [p["index"] for p in response.json()["predictions"]] == [0, 1]
+
+
+def test_mixed_traffic_of_many_clients_answers_each_as_alone(base_url, client, samples):
+    chosen = samples[::4]
+    alone = {s.path: classify(client, s.data)["confidence"] for s in chosen}
+
+    def hurry(sample):
+        with httpx.Client(base_url=base_url, timeout=60) as own:
+            bad = own.post("/classify", content=sample.data[:80], headers=WEBP)
+            return bad.status_code, classify(own, sample.data)["confidence"]
+
+    with ThreadPoolExecutor(16) as pool:
+        for sample, (status, confidence) in zip(chosen, pool.map(hurry, chosen), strict=True):
+            assert status == 422
+            assert confidence == pytest.approx(alone[sample.path], abs=1e-5)
+
+
+def problem(response: httpx.Response) -> tuple[int, str]:
+    """(status, code) of a failure, after checking its form (RFC 9457)."""
+    assert response.headers["Content-Type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == response.status_code
+    assert body["request_id"] == response.headers["X-Request-ID"]
+    assert body["title"]
+    assert body["detail"]
+    return response.status_code, body["code"]
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type", "expected"),
+    [
+        (b"", "image/png", (400, "malformed_request")),
+        (b"{", "application/json", (400, "malformed_request")),
+        (b'{"images": []}', "application/json", (400, "malformed_request")),
+        (b'{"images": ["x"], "url": "http://example.org"}', "application/json", (400, "malformed_request")),
+        (b'{"images": ["***"]}', "application/json", (422, "undecodable_image")),
+        (b"--x\r\n", "multipart/form-data; boundary=y", (400, "malformed_request")),
+        (b"--y--\r\n", "multipart/form-data; boundary=y", (400, "malformed_request")),
+        (b"x", "multipart/form-data", (400, "malformed_request")),
+        (b"x", "text/plain", (415, "unsupported_media_type")),
+        (b"%PDF-1.7", "application/octet-stream", (415, "unsupported_image")),
+        (b"\xff\xd8\xff\xe0 not a jpeg", "image/jpeg", (415, "unsupported_image")),
+    ],
+)
+def test_bad_bodies_get_a_problem_document(client, content, content_type, expected):
+    assert problem(client.post("/classify", content=content, headers={"Content-Type": content_type})) == expected
+
+
+def test_a_form_field_that_is_no_file_is_named(client):
+    response = client.post("/classify", data={"note": "hi"}, files={"images": ("a.png", b"x")})
+    assert problem(response) == (400, "malformed_request")
+    assert "must be a file" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "headers"),
+    [({"top_k": 0}, {}), ({"top_k": "many"}, {}), ({"explain": "perhaps"}, {}), ({}, {"X-Deadline-Ms": "0"})],
+)
+def test_parameters_out_of_range(client, samples, parameters, headers):
+    response = client.post("/classify", content=samples[0].data, headers={**WEBP, **headers}, params=parameters)
+    assert problem(response) == (422, "invalid_parameter")
+
+
+def test_unknown_paths_and_methods_get_problem_documents_too(client):
+    assert problem(client.get("/nothing")) == (404, "not_found")
+    assert problem(client.get("/classify")) == (405, "method_not_allowed")
+
+
+@pytest.fixture(scope="module")
+def strict_client(strict_server):
+    with httpx.Client(base_url=strict_server, timeout=60) as client:
+        yield client
+
+
+def test_limits_answer_413_and_name_the_setting(strict_client, samples, tmp_path):
+    def code_and_detail(response: httpx.Response) -> tuple[int, str, str]:
+        status, code = problem(response)
+        return status, code, response.json()["detail"]
+
+    status, code, detail = code_and_detail(strict_client.post("/classify", content=b"x" * 60_001, headers=WEBP))
+    assert (status, code) == (413, "body_too_large")
+    assert "CONVMIXER_MAX_BODY_BYTES" in detail
+    assert "60,001" in detail
+
+    chunks = (b"x" * 10_000 for _ in range(7))  # chunked: no Content-Length
+    assert code_and_detail(strict_client.post("/classify", content=chunks, headers=WEBP))[:2] == (413, "body_too_large")
+
+    three = [("images", (s.path.name, s.data)) for s in samples[:3]]
+    status, code, detail = code_and_detail(strict_client.post("/classify", files=three))
+    assert (status, code) == (413, "too_many_images")
+    assert "CONVMIXER_MAX_IMAGES" in detail
+    encoded = [base64.b64encode(s.data).decode() for s in samples[:3]]
+    assert code_and_detail(strict_client.post("/classify", json={"images": encoded}))[:2] == (413, "too_many_images")
+
+    for size, setting in (((101, 100), "CONVMIXER_MAX_PIXELS"), ((501, 1), "CONVMIXER_MAX_SIDE")):
+        path = tmp_path / "big.png"
+        Image.new("RGB", size).save(path)
+        status, code, detail = code_and_detail(
+            strict_client.post("/classify", content=path.read_bytes(), headers={"Content-Type": "image/png"})
+        )
+        assert (status, code) == (413, "image_too_large")
+        assert setting in detail
+    assert strict_client.post("/classify", content=samples[0].data, headers=WEBP).status_code == 200
+
+
+def test_a_full_queue_answers_503_with_retry_after(strict_client, samples):
+    two = [("images", (s.path.name, s.data)) for s in samples[:2]]
+    response = strict_client.post("/classify", files=two)
+    assert problem(response) == (503, "overloaded")
+    assert int(response.headers["Retry-After"]) >= 1
+    assert strict_client.get("/readyz").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def strict_server():
+    server = ServerProcess(
+        max_body_bytes="60000",
+        max_images="2",
+        max_pixels="10000",
+        max_side="500",
+        max_queue="1",
+        receive_timeout_s="0.5",
+        workers="1",
+    )
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+
+
+def slow_body(data: bytes, released):
+    """Half of the body, and the rest only when `released` says so."""
+    yield data[: len(data) // 2]
+    released()
+    yield data[len(data) // 2 :]
+
+
+def test_a_body_that_does_not_arrive_answers_408(strict_server):
+    """The client stalls; the server, not the client, ends it."""
+    host, _, port = strict_server.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf")
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "receive_timeout"
+
+
+def test_a_deadline_that_passes_answers_504(client, samples):
+    pause = threading.Event()
+    body = slow_body(samples[0].data, lambda: pause.wait(0.05))  # longer than the deadline below
+    response = client.post("/classify", content=body, headers={**WEBP, "X-Deadline-Ms": "1"})
+    assert problem(response) == (504, "deadline_exceeded")
+
+
+def test_documentation_examples_are_true(client, repository: Path, samples):
+    schema = client.get("/openapi.json").json()
+    operation = schema["paths"]["/classify"]["post"]
+    example = operation["responses"]["200"]["content"]["application/json"]["example"]
+    photo = repository / "docs" / "images" / "cat.png"
+    parameters = {"top_k": len(example["predictions"][0]["top_k"])}
+    answer = client.post("/classify", content=photo.read_bytes(), headers={"Content-Type": "image/png"}, params=parameters).json()
+    said, found = example["predictions"][0], answer["predictions"][0]
+    assert example["model"] == answer["model"]
+    assert set(example) == set(answer)
+    assert set(said) == set(found)
+    assert said["confidence"] == pytest.approx(found["confidence"], abs=0.01)
+    assert [(e["label"], pytest.approx(e["probability"], abs=0.01)) for e in said["top_k"]] == [
+        (e["label"], e["probability"]) for e in found["top_k"]
+    ]
+    assert {"400", "408", "413", "415", "422", "500", "503", "504"} < set(operation["responses"])
+    assert client.get("/docs").status_code == 200
+
+
+def test_every_reference_of_the_openapi_document_leads_somewhere(client):
+    document = client.get("/openapi.json").json()
+    references = set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)))
+    assert "components/schemas/Prediction" in references
+    for reference in references:
+        part = document
+        for key in reference.split("/"):
+            part = part[key]

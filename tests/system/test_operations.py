@@ -1,0 +1,110 @@
+"""What operators rely on: start, refusal to start, probes, metrics, stop."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import socket
+
+import httpx
+import onnxruntime
+import pytest
+
+WEBP = {"Content-Type": "image/webp"}
+
+
+def test_probes_and_model_card(client):
+    assert client.get("/livez").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ok"}
+    card = client.get("/model").json()
+    assert card["provider"] == "cpu"
+    assert card["workers"] >= 1
+    assert card["input_size"] == 32
+    assert len(card["classes"]) == 10
+    assert card["metadata"]["parity"]["top1_equal"] == card["metadata"]["parity"]["images"]
+
+
+def test_metrics_count_what_happened(client, samples):
+    def value(name: str) -> float:
+        for line in client.get("/metrics").text.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[1])
+        return 0.0
+
+    names = [
+        "convmixer_images_total",
+        'convmixer_requests_total{status="200"}',
+        'convmixer_failures_total{code="unsupported_image"}',
+    ]
+    before = [value(name) for name in names]
+    files = [("images", (s.path.name, s.data)) for s in samples[:3]] + [("images", ("x", b"x"))]
+    assert client.post("/classify", files=files).status_code == 200
+    assert [value(name) - b for name, b in zip(names, before, strict=True)] == [3, 1, 1]
+    assert value("convmixer_engine_alive") == 1
+    assert value("convmixer_queue_depth") == 0
+
+
+def test_sigterm_finishes_open_requests_and_exits_with_0(start, samples):
+    server = start()
+    url = server.wait_until_ready()
+    host, _, port = url.removeprefix("http://").partition(":")
+    data = samples[0].data
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data[:-1])
+        httpx.get(f"{url}/livez")  # the server has read what was sent before
+        server.process.send_signal(signal.SIGTERM)
+        while "Shutting down" not in server.log:
+            assert server.process.poll() is None
+        connection.sendall(data[-1:])
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+
+
+def refuses_to_start(server) -> str:
+    assert server.wait() not in (0, -signal.SIGKILL)
+    assert "Uvicorn running" not in server.log
+    assert "Traceback" not in server.log, server.log
+    return server.log
+
+
+def test_a_tampered_artifact_is_refused(start, artifact_path, tmp_path):
+    copy = tmp_path / "fast.onnx"
+    content = bytearray(artifact_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    shutil.copy(artifact_path.with_name("fast.onnx.sha256"), tmp_path)
+    assert "SHA-256" in refuses_to_start(start(model=copy))
+
+
+def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path):
+    stranger = tmp_path / "stranger.onnx"
+    assert "cannot be read" in refuses_to_start(start(model=stranger))
+    stranger.write_bytes(b"not onnx")
+    assert "no hash" in refuses_to_start(start(model=stranger))
+    digest = hashlib.sha256(b"not onnx").hexdigest()
+    assert "no model that onnxruntime can load" in refuses_to_start(start(model=stranger, model_sha256=digest))
+
+
+def test_unknown_and_bad_settings_are_refused(start):
+    assert "CONVMIXER_MAX_BODY" in refuses_to_start(start(max_body="1"))
+    assert "CONVMIXER_PORT" in refuses_to_start(start(port="http"))
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_asking_for_cuda_without_it_is_refused(start):
+    log = refuses_to_start(start(provider="cuda"))
+    assert "no CUDA provider" in log
+    assert "[cuda]" in log
+
+
+def test_a_port_in_use_is_refused(start):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "address already in use" in refuses_to_start(start(port=taken.getsockname()[1]))
