@@ -173,12 +173,13 @@ def _prediction(service: Service, index: int, path: Path, pending: Future[Outcom
     from app.schemas import ItemError, Prediction
     from app.verdict import judge
 
-    error = pending if isinstance(pending, ServiceError) else pending.exception()
-    if isinstance(error, ServiceError):
+    try:
+        if isinstance(pending, ServiceError):
+            raise pending
+        outcome = pending.result()
+    except ServiceError as error:
         return Prediction(index=index, filename=str(path), error=ItemError(code=error.code, detail=error.detail))
-    if isinstance(pending, ServiceError) or error is not None:
-        raise error or pending
-    return judge(pending.result(), service.metadata, index=index, filename=str(path), top_k=top_k)
+    return judge(outcome, service.metadata, index=index, filename=str(path), top_k=top_k)
 
 
 if __name__ == "__main__":

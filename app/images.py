@@ -136,7 +136,7 @@ def _to_8_bit(image: Image.Image, warnings: list[str]) -> Image.Image:
 def _compose_on_white(image: Image.Image, warnings: list[str]) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.getextrema()[3][0] < 255:  # type: ignore[index]
+    if np.asarray(image.getchannel("A")).min() < 255:
         warnings.append("transparency was composed on white")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(health.router)
     problems.install(app)
     app.add_middleware(
-        RequestGuard,  # type: ignore[arg-type]
+        RequestGuard,
         max_body_bytes=settings.max_body_bytes,
         receive_timeout_s=settings.receive_timeout_s,
         answer_failure=problems.answer_failure,

@@ -78,9 +78,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             if header.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of format {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+            return Checkpoint(tensors, json.loads(header["description"]))
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return Checkpoint(tensors, json.loads(header["description"]))
 
 
 def build_model(checkpoint: Checkpoint) -> ConvMixer:

@@ -70,7 +70,7 @@ def _per_image_transforms(config: AugmentConfig, size: int) -> v2.Compose:
     return v2.Compose(steps)
 
 
-class _PadCrop(v2.Transform):
+class _PadCrop(v2.Transform):  # type: ignore[misc]
     """Zero padding on all sides and a random crop back to the input's own size, whatever it is."""
 
     def __init__(self, padding: int) -> None:

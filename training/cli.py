@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,17 +32,19 @@ def train(
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output after a stop or a kill.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Release what a stopped run in --output has come to, without more training.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(help="Overrides the preset's number of epochs.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Overrides any setting; repeatable.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Overrides any setting; repeatable.")
+    ] = None,
     device: DeviceOption = None,
     precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False,
 ) -> None:
     """Train a ConvMixer; writes OUTPUT/model.safetensors."""
-    from dataclasses import replace
-
     from training.data import load_images
-    from training.train import Runtime
     from training.train import Runtime
     from training.train import train as run
 
@@ -51,12 +54,16 @@ def train(
     config = configuration.get_preset(preset).config.override(overrides)
     runtime = Runtime.detect(compile=compile)
     if device:
-        runtime = replace(runtime, device=device, precision="float32" if device == "cpu" != runtime.device else runtime.precision)
+        runtime = replace(
+            runtime,
+            device=_usable_device(device),
+            precision="float32" if device == "cpu" != runtime.device else runtime.precision,
+        )
     if precision:
         if precision not in ("float32", "bf16", "fp16"):
             raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
         runtime = replace(runtime, precision=precision)
-    path = run(config, load_images(data, "train", config.image_size), output, runtime, resume=resume)
+    path = run(config, load_images(data, "train", config.image_size), output, runtime, resume=resume or finish, finish=finish)
     typer.echo(f"released {path}")
 
 
@@ -71,7 +78,7 @@ def evaluate(
     from training.evaluate import evaluate as run
 
     path = output or checkpoint.with_name("evaluation.json")
-    report = run(checkpoint, data, path, device or "cpu")
+    report = run(checkpoint, data, path, _usable_device(device))
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
 
 
@@ -122,6 +129,17 @@ def _split_setting(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _usable_device(name: str | None) -> str:
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def main() -> None:
     """Runs the command line; a failure the user can mend becomes one line on standard error."""
     from model.checkpoint import CheckpointError
@@ -129,7 +147,7 @@ def main() -> None:
 
     try:
         app()
-    except (TrainingError, CheckpointError, ExportError) as error:
+    except (TrainingError, CheckpointError, ExportError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error
 

@@ -98,6 +98,15 @@ class TrainConfig:
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
             "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.image_size),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
+            "flip and erase must be in [0, 1]": all(0 <= p <= 1 for p in (self.augment.flip, self.augment.erase)),
+            "pad_crop, randaugment_ops, mixup and cutmix must not be negative": min(
+                self.augment.pad_crop, self.augment.randaugment_ops, self.augment.mixup, self.augment.cutmix
+            )
+            >= 0,
+            "randaugment_magnitude must be in 0..30": 0 <= self.augment.randaugment_magnitude <= 30,
+            "weight_decay, adam_eps and clip_norm must not be negative": min(self.weight_decay, self.adam_eps, self.clip_norm)
+            >= 0,
+            "label_smoothing must be in [0, 1)": 0 <= self.label_smoothing < 1,
         }
         for message, holds in require.items():
             if not holds:
@@ -152,9 +161,8 @@ class TrainConfig:
 def settable_fields() -> list[str]:
     """Names that `TrainConfig.override` understands."""
     owners = {"": TrainConfig, "model.": ConvMixerConfig, "augment.": AugmentConfig}
-    return [
-        prefix + name for prefix, owner in owners.items() for name, kind in get_type_hints(owner).items() if kind in (int, float, str)
-    ]
+    hints = {prefix: get_type_hints(owner) for prefix, owner in owners.items()}
+    return [prefix + name for prefix, kinds in hints.items() for name, kind in kinds.items() if kind in (int, float, str)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Half of a ConvMixer training step on a CPU is weight gradients: the library computes the depthwise one far below memory
 speed and the pointwise one at half the speed of the matrix product it is. Both are rewritten here; forward passes,
-input gradients and results (to rounding) are the library's. Measured by `benchmarks/train.py`.
+input gradients and results (to rounding) are the library's. Figures: docs/decisions/0003-growing-images-on-a-cpu.md.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        grad_weight = _depthwise_weight_gradient(x, grad, weight.shape[-1]).view_as(weight)
+        grad_weight = _depthwise_weight_gradient(x.detach(), grad, weight.shape[-1]).view_as(weight)
         return _input_gradient(grad, x, weight, x.shape[1]), grad_weight, grad.sum((0, 2, 3))
 
 
@@ -71,7 +71,7 @@ class _Pointwise(torch.autograd.Function):
         return F.conv2d(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad_rows = grad.permute(0, 2, 3, 1).flatten(0, 2)  # [N·H·W, h_out], a view in channels_last
         x_rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # [N·H·W, h_in]

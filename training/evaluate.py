@@ -36,11 +36,12 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
     """
     checkpoint = load_checkpoint(checkpoint_path)
     description = checkpoint.description
+    model = build_model(checkpoint)
     data = load_images(data_path, "test", description["image_size"])
     if data.classes != description["classes"]:
         raise DataError(f"the data has classes {data.classes}, the checkpoint {description['classes']}")
     config = TrainConfig.from_dict(description["training"]["config"])
-    logits = compute_logits(build_model(checkpoint), data, config, torch.device(device), progress=True)
+    logits = compute_logits(model, data, config, torch.device(device), progress=True)
     report = {
         "checkpoint": checkpoint_path.name,
         "checkpoint_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
@@ -56,7 +57,7 @@ def compute_logits(
     model: nn.Module, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> Tensor:
     """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
-    model.eval().to(device, memory_format=torch.channels_last)
+    model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
     batches = tqdm(data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=not progress)
     return torch.cat([model(normalize(b).to(device, memory_format=torch.channels_last)).float().cpu() for b in batches])

@@ -31,8 +31,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return float(log_temperature.exp())
+    optimizer.step(closure)
+    return float(log_temperature.detach().exp())
 
 
 def confidence_threshold(logits: Tensor, temperature: float, kept: float = 0.95) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from model.checkpoint import load_checkpoint
 from model.export import METADATA_KEY, ExportError, ParityReport, export
@@ -62,13 +63,18 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, output: Path) -> 
     """Writes the model card of a released artifact.
 
     Raises:
-        ExportError: the artifact was not exported from this checkpoint.
+        DataError: the evaluation is missing or of another checkpoint.
+        ExportError: the file is no artifact, or was not exported from this checkpoint.
+        OSError: the artifact cannot be read or the card not written.
     """
     from training.report import write_card
 
     evaluation = load_evaluation(checkpoint_path)
-    properties = {p.key: p.value for p in onnx.load(artifact_path).metadata_props}
-    artifact: dict[str, Any] = json.loads(properties[METADATA_KEY])
+    try:
+        properties = {p.key: p.value for p in onnx.load(artifact_path).metadata_props}
+        artifact: dict[str, Any] = json.loads(properties[METADATA_KEY])
+    except (DecodeError, KeyError) as error:
+        raise ExportError(f"{artifact_path} is not an artifact of this project") from error
     if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
         raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
     write_card(load_checkpoint(checkpoint_path), evaluation, artifact, output)
@@ -83,7 +89,10 @@ def load_evaluation(checkpoint_path: Path) -> dict[str, Any]:
     path = checkpoint_path.with_name("evaluation.json")
     if not path.is_file():
         raise DataError(f"{path} is missing; run `convmixer-train evaluate {checkpoint_path}` first")
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report["checkpoint_sha256"] != hashlib.sha256(checkpoint_path.read_bytes()).hexdigest():
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged; run `convmixer-train evaluate {checkpoint_path}` again") from error
+    if report.get("checkpoint_sha256") != hashlib.sha256(checkpoint_path.read_bytes()).hexdigest():
         raise DataError(f"{path} is of another checkpoint; run `convmixer-train evaluate {checkpoint_path}` again")
     return report

@@ -102,20 +102,31 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
     calibrated, raw = evaluation["calibrated"], evaluation["uncalibrated"]
     n, top1 = evaluation["images"], evaluation["top1"]
     error = 1.96 * (top1 * (1 - top1) / n) ** 0.5
+    epochs = f"{config['epochs']} epochs"
+    if training["steps"] < training["total_steps"]:
+        epochs = (
+            f"{config['epochs'] * training['steps'] / training['total_steps']:.1f} of the {epochs} its schedule was laid for,"
+        )
     rows = {
-        "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; one run, seed {config['seed']})",
+        "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
+        f"one run, seed {config['seed']})",
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
-        "Validation accuracy": f"{training['history'][-1]['val_accuracy']:.2%} ({training['validation_images']:,} held-out images)",
+        "Validation accuracy": f"{training['history'][-1]['val_accuracy']:.2%} "
+        f"({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
-        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}",
+        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; "
+        f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}",
         "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
         "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",
         "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
-        "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} (keeps 95 % of held-out images)",
-        "Trained on": f"{training['images']:,} images, {config['epochs']} epochs of batch {config['batch_size']}",
-        "Training time": f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, {training['precision']}, torch {training['torch']}",
+        "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} "
+        "(keeps 95 % of held-out images)",
+        "Trained on": f"{training['images']:,} images, {epochs} of batch {config['batch_size']}",
+        "Training time": f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, "
+        f"{training['precision']}, torch {training['torch']}",
         "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
-        "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} of {artifact['parity']['images']:,} images, "
+        "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} "
+        f"of {artifact['parity']['images']:,} images, "
         f"logits within {artifact['parity']['max_logit_difference']:.1e}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

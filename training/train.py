@@ -79,7 +79,9 @@ class _Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *, resume: bool = False) -> Path:
+def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
+    config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *, resume: bool = False, finish: bool = False
+) -> Path:
     """Trains one network.
 
     Args:
@@ -88,6 +90,7 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
         output: folder for checkpoints and logs.
         runtime: device, precision and compilation.
         resume: continue from `output/last.safetensors`.
+        finish: with `resume`, take no further step and release what the run has come to.
 
     Returns:
         Path of the released checkpoint, `output/model.safetensors`.
@@ -108,7 +111,7 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
 
     device = torch.device(runtime.device)
     torch.manual_seed(config.seed)
-    model = ConvMixer(config.model).to(device, memory_format=torch.channels_last)
+    model = ConvMixer(config.model).to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu" and config.model.kernel_size % 2 == 1 and shutil.which("c++"):
         use_fast_weight_gradients(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
@@ -119,7 +122,9 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
     state = _TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
 
     progress = state.load() if resume else _Progress()
-    writer = _summary_writer(output) if runtime.tensorboard else None
+    if finish and not progress.history:
+        raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
+    writer = _summary_writer(output) if runtime.tensorboard else contextlib.nullcontext()
     bar = tqdm(
         total=total_steps,
         initial=progress.step,
@@ -130,8 +135,9 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
     started = time.monotonic() - progress.seconds
     begun = saved_at = time.monotonic()
 
-    with _termination_requested() as termination, bar:
-        for step in range(progress.step, total_steps):
+    last_step = progress.step if finish else total_steps
+    with _termination_requested() as termination, bar, writer as events:
+        for step in range(progress.step, last_step):
             epoch, position = divmod(step, steps_per_epoch)
             if position == 0 or step == progress.step:
                 order = torch.randperm(len(training), generator=_generator(config.seed, epoch))
@@ -160,10 +166,7 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
 
             loss_value = loss.item()
             if not math.isfinite(loss_value):
-                raise DivergenceError(
-                    f"loss is {loss_value} at step {step} (epoch {epoch + 1}); {state.path} is from before it. "
-                    f"Start anew with a smaller learning rate, e.g. --set lr={config.lr / 2:g}"
-                )
+                raise _divergence(f"loss is {loss_value} at step {step} (epoch {epoch + 1})", config, state.path)
             progress.step = step + 1
             progress.loss_sum += loss_value
             progress.seconds = time.monotonic() - started
@@ -188,17 +191,19 @@ def train(config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *
                 progress.history.append(row)
                 progress.loss_sum = 0.0
                 tqdm.write(f"epoch {epoch + 1:3d}  loss {row['train_loss']:.4f}  validation {val_accuracy:.2%}", file=sys.stderr)
-                if writer:
+                if not math.isfinite(row["val_loss"]):
+                    raise _divergence(
+                        f"validation loss is {row['val_loss']} at step {step} (epoch {epoch + 1})", config, state.path
+                    )
+                if events:
                     for name, value in row.items():
-                        writer.add_scalar(name, value, epoch + 1)
+                        events.add_scalar(name, value, epoch + 1)
             if epoch_ends or termination or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S:
                 state.save(progress)
                 saved_at = time.monotonic()
             if termination:
                 tqdm.write(f"stopped at step {step + 1} by a signal; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + termination[0])
-    if writer:
-        writer.close()
     released = ema.module if config.ema_decay else model
     calibration = calibrate(compute_logits(released, validation, config, device), validation.labels)
     return state.release(released, progress, calibration, len(training), len(validation), runtime)
@@ -232,11 +237,11 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
     """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `image_size`."""
-    if not config.start_size:
+    done = step / (0.7 * total_steps)
+    if not config.start_size or done >= 1:
         return config.image_size
-    done = min(1.0, step / (0.7 * total_steps))
     size = config.start_size + done * (config.image_size - config.start_size)
-    return min(config.image_size, round(size / 4) * 4)
+    return max(config.start_size, min(config.image_size, round(size / 4) * 4))
 
 
 class _TrainingState:
@@ -293,10 +298,13 @@ class _TrainingState:
             groups[group][key] = tensor
         self.model.load_state_dict(groups["model"])
         self.ema.load_state_dict(groups["ema"])
+        parameters = list(self.model.parameters())
         slots: dict[int, dict[str, Tensor]] = {}
         for key, tensor in groups["optimizer"].items():
             index, slot = key.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+            # files hold plain strides, but the fused optimizer walks a parameter and its moments through memory side by side
+            like = torch.empty_like(parameters[int(index)]) if tensor.dim() else torch.empty_like(tensor)
+            slots.setdefault(int(index), {})[slot] = like.copy_(tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.scaler.load_state_dict(found["scaler"])
         return _Progress(found["step"], found["seconds"], found["loss_sum"], found["history"])
@@ -322,6 +330,8 @@ class _TrainingState:
             "calibration": calibration,
             "training": {
                 "config": self.config.to_dict(),
+                "steps": progress.step,
+                "total_steps": self.config.epochs * (n_training // self.config.batch_size),
                 "images": n_training,
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
@@ -373,6 +383,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _divergence(what: str, config: TrainConfig, path: Path) -> DivergenceError:
+    kept = f"{path} is from before it" if path.exists() else "nothing was saved before it"
+    return DivergenceError(f"{what}; {kept}. Start anew with a smaller learning rate, e.g. --set lr={config.lr / 2:g}")
+
+
 def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     try:
         save_checkpoint(path, tensors, description)
@@ -398,5 +413,8 @@ def _summary_writer(output: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         print("tensorboard is not installed; no event files are written", file=sys.stderr)
-        return None
-    return SummaryWriter(os.fspath(output / "tensorboard"))
+        return contextlib.nullcontext()
+    try:
+        return SummaryWriter(os.fspath(output / "tensorboard"))
+    except OSError as error:
+        raise StorageError(f"{output} cannot be written: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -10,7 +12,7 @@ from app.schemas import ModelCard, ProbeAnswer
 from app.service import Service
 
 router = APIRouter()
-_UNAVAILABLE = {503: {"model": ProbeAnswer, "description": "Not so; `reason` says why."}}
+_UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ProbeAnswer, "description": "Not so; `reason` says why."}}
 
 
 @router.get("/livez", response_model=ProbeAnswer, responses=_UNAVAILABLE, summary="Is the process worth keeping?")

@@ -17,7 +17,7 @@ from app.errors import StartupError
 
 # onnxruntime reports its use to its maker by default; it reads this when it is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-import onnxruntime  # noqa: E402
+import onnxruntime
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDER_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -1,0 +1,165 @@
+"""A checkpoint comes back as it went in, and whatever happens to a write, the last good file stays."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixer
+
+CLASSES = ["cat", "dog", "ship"]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "net.safetensors"
+
+
+def test_tensors_and_description_come_back(path: Path) -> None:
+    tensors = {
+        "weight": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+        "view": torch.arange(12).view(3, 4).t(),
+        "scalar": torch.tensor(7.5),
+        "half": torch.randn(3).bfloat16(),
+        "count": torch.tensor(3),
+        "graph": torch.ones(2, requires_grad=True) * 2,
+    }
+    description = {"name": "ключ ✓", "nested": {"list": [1, 2.5, None, True]}}
+    save_checkpoint(path, tensors, description)
+    loaded = load_checkpoint(path)
+    assert loaded.description == description
+    assert loaded.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded.tensors[name].dtype == tensor.dtype
+        assert torch.equal(loaded.tensors[name], tensor)
+    assert json.loads(path.with_suffix(".json").read_text()) == description, "a copy for people"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["net.json", "net.safetensors"]
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "net.safetensors"
+    save_checkpoint(path, {"t": torch.ones(1)}, {})
+    assert load_checkpoint(path).tensors["t"] == 1
+
+
+def test_a_rebuilt_network_answers_the_same(path: Path, released: Callable[..., Checkpoint]) -> None:
+    checkpoint = released(CLASSES, 32)
+    save_checkpoint(path, checkpoint.tensors, checkpoint.description)
+    net = build_model(load_checkpoint(path))
+    assert not net.training
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net(images), build_model(checkpoint)(images))
+
+
+def test_missing_file(path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint at {path}"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, -1])
+def test_truncated_file(path: Path, kept: float) -> None:
+    save_checkpoint(path, {"t": torch.randn(100)}, {"a": 1})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data)) if kept == 0.5 else int(kept)])
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+        load_checkpoint(path)
+
+
+def test_pickles_are_not_opened(path: Path) -> None:
+    torch.save({"t": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("header", [None, {"format": "pt"}, {"format": FORMAT + "0"}])
+def test_foreign_safetensors(path: Path, header: dict[str, str] | None) -> None:
+    save_file({"t": torch.ones(1)}, path, header)
+    with pytest.raises(CheckpointError, match="not a checkpoint of format convmixer-checkpoint/1"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("header", [{}, {"description": "{"}])
+def test_damaged_description(path: Path, header: dict[str, str]) -> None:
+    save_file({"t": torch.ones(1)}, path, {"format": FORMAT, **header})
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": {"hidden_dim": 8}}, {"model": {"hidden_dim": 16, "layers": 2}}, {"model": {"depth": 0}}],
+    ids=["other shapes", "unknown key", "bad value"],
+)
+def test_weights_that_do_not_fit_the_description(released: Callable[..., Checkpoint], change: dict[str, Any]) -> None:
+    checkpoint = released(CLASSES, 32)
+    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+        build_model(Checkpoint(checkpoint.tensors, {**checkpoint.description, **change}))
+
+
+def test_a_description_without_architecture(random_net: Callable[..., ConvMixer]) -> None:
+    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+        build_model(Checkpoint(random_net().state_dict(), {"step": 3}))
+
+
+def test_a_new_file_replaces_the_old_one_in_one_move(path: Path) -> None:
+    save_checkpoint(path, {"t": torch.ones(1000)}, {"step": 1})
+    whole = path.read_bytes()
+    with path.open("rb") as reader:
+        save_checkpoint(path, {"t": torch.zeros(1000)}, {"step": 2})
+        assert reader.read() == whole, "a file once published never changes"
+    assert load_checkpoint(path).description == {"step": 2}
+
+
+def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
+    save_checkpoint(path, {"t": torch.ones(1000)}, {"step": 1})
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is longer, as a full disk does
+    try:
+        with pytest.raises(OSError, match=r"net\.safetensors"):
+            save_checkpoint(path, {"t": torch.ones(100_000)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(path: Path) -> None:
+    path.mkdir()
+    (path / "precious").write_text("stays")
+    with pytest.raises(OSError, match=r"net\.safetensors"):
+        save_checkpoint(path, {"t": torch.ones(1)}, {})
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert (path / "precious").read_text() == "stays"
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from model.checkpoint import save_checkpoint
+for step in range(10**6):
+    save_checkpoint(Path(sys.argv[1]), {"t": torch.full((200_000,), float(step))}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(path: Path, repository: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        last = [int(writer.stdout.readline()) for _ in range(5)][-1]
+        writer.kill()
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.description["step"] >= last
+    assert (checkpoint.tensors["t"] == checkpoint.description["step"]).all()

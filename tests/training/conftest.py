@@ -1,0 +1,121 @@
+"""Real CIFAR-10 images, a configuration that trains in a second, and one finished run that many tests look at.
+
+The weight gradient is compiled once per shape and that takes seconds, so tests keep to `TINY`'s batch, width and size
+where they can, and switch the compiler off (`no_compiler`) where the shape matters.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from model.convmixer import ConvMixerConfig
+from training.config import AugmentConfig, TrainConfig
+from training.data import ImageSet, load_images
+from training.evaluate import evaluate
+from training.train import Runtime, train
+
+CIFAR10 = Path(__file__).parent.parent / "data" / "cifar10"
+TINY = TrainConfig(
+    model=ConvMixerConfig(hidden_dim=16, depth=2, kernel_size=3, patch_size=2),
+    augment=AugmentConfig(crop_scale=0.75, flip=0.5, erase=0.25),
+    epochs=2,
+    batch_size=16,
+    ema_decay=0.9,
+)
+QUIET = Runtime(device="cpu", precision="float32", tensorboard=False)
+
+
+class Outcome(NamedTuple):
+    """How a command line ended."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny nets gain nothing from threads, and a subprocess must compute in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a C++ compiler trains with the library's own gradients."""
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.fixture(scope="session")
+def photos() -> ImageSet:
+    """All 200 images."""
+    return load_images(CIFAR10, "train", 32)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A data folder with some of the ten classes."""
+
+    def copy(*classes: str) -> Path:
+        folder = tmp_path_factory.mktemp("data")
+        for name in classes:
+            shutil.copytree(CIFAR10 / name, folder / name)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def trained(photos: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model.safetensors` of a finished tiny run on all ten classes. Read only."""
+    return train(TINY, photos, tmp_path_factory.mktemp("run"), QUIET)
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `trained` with `evaluation.json` beside it. Read only."""
+    path = Path(shutil.copy(trained, tmp_path_factory.mktemp("evaluated")))
+    evaluate(path, CIFAR10, path.with_name("evaluation.json"), "cpu")
+    return path
+
+
+@pytest.fixture
+def largest_file() -> Callable[[int], AbstractContextManager[None]]:
+    """Makes the kernel refuse to let any file grow beyond so many bytes, as a full disk would."""
+
+    @contextmanager
+    def limit(size_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs `convmixer-train ARGUMENTS` in this process."""
+    from training.cli import main
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["convmixer-train", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Outcome(end.value.code, *capsys.readouterr())
+
+    return run

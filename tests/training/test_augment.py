@@ -1,0 +1,122 @@
+"""Training images: the same under the same seed, normalised as the network expects, targets that stay distributions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from training.augment import Augmentation, normalization
+from training.config import AugmentConfig, TrainConfig
+from training.data import ImageSet
+
+OFF = AugmentConfig(crop_scale=1.0, flip=0.0)
+EVERYTHING = AugmentConfig(
+    pad_crop=4, crop_scale=0.75, randaugment_ops=2, randaugment_magnitude=9, erase=0.25, mixup=0.5, cutmix=0.5
+)
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def augment(photos: ImageSet, config: AugmentConfig, seed: int = 0, size: int = 32) -> Batch:
+    batch = torch.arange(0, 200, 7)
+    torch.manual_seed(seed)
+    return Augmentation(TrainConfig(augment=config), 10)(photos.images[batch], photos.labels[batch], size)
+
+
+def unaugmented(photos: ImageSet) -> torch.Tensor:
+    images: torch.Tensor = normalization(TrainConfig())(photos.images[::7])
+    return images
+
+
+def test_normalisation_is_the_textbooks() -> None:
+    config = TrainConfig(normalize_mean=(0.1, 0.2, 0.3), normalize_std=(0.5, 0.25, 0.2))
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    expected = torch.tensor([[-0.2, -0.8, -1.5], [1.8, 3.2, 3.5]]).view(2, 3, 1, 1)
+    torch.testing.assert_close(normalization(config)(pixels), expected)
+
+
+def test_switched_off_it_only_normalises(photos: ImageSet) -> None:
+    images, labels = augment(photos, OFF)
+    assert torch.equal(images, unaugmented(photos))
+    assert torch.equal(labels, photos.labels[::7])
+
+
+@pytest.mark.parametrize("config", [OFF, AugmentConfig(), EVERYTHING], ids=["off", "default", "everything"])
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_gives_floats_of_the_size_asked_for(photos: ImageSet, config: AugmentConfig, size: int) -> None:
+    images, _ = augment(photos, config, size=size)
+    assert images.shape == (29, 3, size, size)
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(),
+        dataclasses.replace(OFF, flip=0.5),
+        dataclasses.replace(OFF, pad_crop=4),
+        dataclasses.replace(OFF, erase=0.5),
+        dataclasses.replace(OFF, randaugment_ops=2),
+        dataclasses.replace(OFF, mixup=0.5),
+        dataclasses.replace(OFF, cutmix=0.5),
+        EVERYTHING,
+    ],
+)
+def test_the_seed_decides_everything(photos: ImageSet, config: AugmentConfig) -> None:
+    before = photos.images.clone()
+    (images, targets), (again, targets_again) = augment(photos, config), augment(photos, config)
+    assert torch.equal(images, again)
+    assert torch.equal(targets, targets_again)
+    assert not torch.equal(images, augment(photos, config, seed=1)[0])
+    assert torch.equal(photos.images, before), "the data set must stay as it is"
+
+
+def test_every_image_is_drawn_for_by_itself(photos: ImageSet) -> None:
+    same = ImageSet(photos.images[:1].expand(200, -1, -1, -1), photos.labels, photos.classes)
+    images, _ = augment(same, AugmentConfig(crop_scale=0.5))
+    assert len({image.numpy().tobytes() for image in images}) > 20
+
+
+def test_flip_mirrors(photos: ImageSet) -> None:
+    assert torch.equal(augment(photos, dataclasses.replace(OFF, flip=1.0))[0], unaugmented(photos).flip(-1))
+
+
+def test_pad_crop_shifts_by_at_most_the_padding(photos: ImageSet) -> None:
+    images, _ = augment(photos, dataclasses.replace(OFF, pad_crop=2))
+    black = normalization(TrainConfig())(torch.zeros(1, 3, 36, 36, dtype=torch.uint8))
+    shifts = set()
+    for image, original in zip(images, unaugmented(photos), strict=True):
+        padded = black[0].clone()
+        padded[:, 2:34, 2:34] = original
+        fits = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 32, x : x + 32], image)]
+        assert fits
+        shifts.add(fits[0])
+    assert len(shifts) > 5
+
+
+@pytest.mark.parametrize("config", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])
+def test_mixed_targets_are_distributions(photos: ImageSet, config: dict[str, float]) -> None:
+    mixed = False
+    for seed in range(5):
+        _, targets = augment(photos, dataclasses.replace(OFF, **config), seed)  # type: ignore[arg-type]
+        assert targets.shape == (29, 10)
+        assert targets.dtype == torch.float32
+        assert (targets >= 0).all()
+        torch.testing.assert_close(targets.sum(1), torch.ones(29))
+        mixed |= bool(((targets > 0.05) & (targets < 0.95)).any())
+        own = targets.gather(1, photos.labels[::7, None])
+        assert (own > 0).any(), "an image keeps a share of its own class"
+    assert mixed
+
+
+def test_mixup_blends_pixels_as_it_blends_targets(photos: ImageSet) -> None:
+    two = ImageSet(torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), 255)]).byte(), torch.tensor([0, 1]), ["a", "b"])
+    config = TrainConfig(
+        augment=dataclasses.replace(OFF, mixup=1.0), normalize_mean=(0.0, 0.0, 0.0), normalize_std=(1.0, 1.0, 1.0)
+    )
+    torch.manual_seed(0)
+    images, targets = Augmentation(config, 2)(two.images, two.labels, 8)
+    torch.testing.assert_close(images[:, 0, 0, 0], targets[:, 1])
+    assert 0.02 < targets[0, 1] < 0.98

@@ -1,0 +1,121 @@
+"""`convmixer-train` from data to model card, and one line on standard error where a person can mend it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import CIFAR10, Outcome
+from training.config import PRESETS
+
+CommandLine = Callable[..., Outcome]
+TINY_NET = ["--set=model.hidden_dim=16", "--set=model.depth=2", "--set=model.kernel_size=3", "--set=batch_size=16"]
+
+
+def assert_one_line_failure(outcome: Outcome, message: str) -> None:
+    assert outcome.code == 1, outcome
+    line = outcome.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint, artifact, card = run / "model.safetensors", tmp_path / "tiny.onnx", tmp_path / "docs" / "card.md"
+    steps = [
+        ["train", "--preset=small", "--epochs=1", *TINY_NET, "--data", CIFAR10, "--output", run, "--device=cpu"],
+        ["evaluate", checkpoint, "--data", CIFAR10, "--device=cpu"],
+        ["export", checkpoint, artifact, "--data", CIFAR10, "--name=tiny", "--version=2.0.0", "--command=make train"],
+        ["card", checkpoint, artifact, "--output", card],
+    ]
+    said = []
+    for step in steps:
+        outcome = command_line(*step)
+        assert outcome.code == 0, outcome
+        said.append(outcome.out)
+    assert said[0] == f"released {checkpoint}\n"
+    report = json.loads((run / "evaluation.json").read_text())
+    assert said[1].startswith(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}")
+    assert "top-1 equal to PyTorch on 200 of 200 images" in said[2]
+    assert said[3] == f"wrote {card}\n"
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability")}
+    assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256"} < files
+    assert {"run/evaluation.json", "run/model.json", "run/model.safetensors", "run/last.safetensors"} < files
+    assert any(name.startswith("run/tensorboard/events") for name in files)
+    assert command_line(*steps[0], "--resume").code == 0
+
+
+def test_help_lists_the_commands(command_line: CommandLine) -> None:
+    outcome = command_line("--help")
+    assert outcome.code == 0
+    assert all(name in outcome.out for name in ("train", "evaluate", "export", "card", "presets"))
+    for name in ("train", "evaluate", "export", "card"):
+        assert command_line(name, "--help").code == 0
+
+
+def test_python_dash_m_training(repository: Path) -> None:
+    command = [sys.executable, "-m", "training", "presets"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("cpu: ")
+
+
+def test_presets_are_listed_with_their_evidence(command_line: CommandLine) -> None:
+    outcome = command_line("presets")
+    assert outcome.code == 0
+    for name, preset in PRESETS.items():
+        assert f"{name}: {preset.config.model.name}, {preset.config.epochs} epochs" in outcome.out
+        assert preset.source in outcome.out
+        assert preset.result in outcome.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["train", "--epoch", "3"], ["train", "--epochs", "three"], ["evaluate"], ["export", "model.safetensors"]],
+)
+def test_wrong_usage_exits_2(command_line: CommandLine, arguments: list[str]) -> None:
+    outcome = command_line(*arguments)
+    assert outcome.code == 2
+    assert "Usage:" in outcome.out + outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset=huge"], "unknown preset 'huge'; known: cpu, small, paper, reference"),
+        (["--set=lr"], "--set takes NAME=VALUE, not 'lr'"),
+        (["--set=rate=1"], "unknown setting 'rate'; known: "),
+        (["--set=lr=fast"], "lr='fast' is not a number"),
+        (["--set=warmup=2"], "warmup must be in [0, 1)"),
+        (["--epochs=0"], "epochs, batch_size and image_size must be at least 1"),
+        (["--precision=int8"], "--precision must be float32, bf16 or fp16, not 'int8'"),
+        (["--device=abacus"], "--device abacus cannot be used here: "),
+        (["--data=nowhere"], "nowhere is not a folder"),
+        (["--set=batch_size=500"], "190 training images do not fill one batch of 500"),
+        (["--resume"], "last.safetensors; start without --resume"),
+    ],
+)
+@pytest.mark.usefixtures("no_compiler")
+def test_training_failures_are_one_line(command_line: CommandLine, tmp_path: Path, arguments: list[str], message: str) -> None:
+    outcome = command_line("train", *TINY_NET, "--data", CIFAR10, "--output", tmp_path / "run", *arguments)
+    assert_one_line_failure(outcome, message)
+
+
+def test_failures_after_training_are_one_line(command_line: CommandLine, evaluated: Path, trained: Path, tmp_path: Path) -> None:
+    data = ["--data", CIFAR10]
+    assert_one_line_failure(command_line("evaluate", tmp_path / "none.safetensors", *data), "no checkpoint at")
+    assert_one_line_failure(command_line("evaluate", trained.with_name("last.safetensors"), *data), "not a model checkpoint")
+    assert_one_line_failure(command_line("evaluate", trained, *data, "--output", tmp_path / "no" / "x.json"), "x.json")
+    assert_one_line_failure(command_line("evaluate", trained, "--data", tmp_path), "must hold one sub-folder per class")
+    assert_one_line_failure(command_line("export", trained, tmp_path / "x.onnx", *data), "evaluation.json is missing")
+    assert_one_line_failure(command_line("export", evaluated, tmp_path / "no" / "x.onnx", *data), str(tmp_path / "no"))
+    assert_one_line_failure(command_line("card", evaluated, tmp_path / "none.onnx"), "none.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,132 @@
+"""A run's settings: presets hold, overrides reach every field, nonsense is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from model.convmixer import ConvMixer, count_parameters
+from training.config import PRESETS, TrainConfig, get_preset, settable_fields
+from training.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_complete_and_survives_json(name: str) -> None:
+    preset = get_preset(name)
+    assert all((preset.source, preset.cost, preset.result))
+    assert TrainConfig.from_dict(json.loads(json.dumps(preset.config.to_dict()))) == preset.config
+
+
+def test_reference_is_the_reference_experiment() -> None:
+    config = get_preset("reference").config
+    assert count_parameters(ConvMixer(config.model)) == 643_338
+    assert (config.optimizer, config.lr, config.batch_size, config.epochs) == ("adam", 2.5e-4, 64, 150)
+    assert (config.schedule, config.weight_decay, config.clip_norm, config.ema_decay) == ("constant", 0, 0, 0)
+    assert (config.augment.pad_crop, config.augment.crop_scale, config.augment.flip) == (4, 1.0, 0.5)
+    assert config.normalize_mean == config.normalize_std == (0.5, 0.5, 0.5)
+
+
+def test_paper_is_the_papers_network() -> None:
+    config = get_preset("paper").config
+    assert count_parameters(ConvMixer(config.model)) == 706_570
+    assert (config.epochs, config.lr, config.adam_eps, config.clip_norm) == (200, 0.01, 1e-3, 1.0)
+    assert (config.augment.mixup, config.augment.cutmix, config.augment.erase) == (0.5, 0.5, 0.25)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ConfigError, match="unknown preset 'tiny'; known: cpu, small, paper, reference"):
+        get_preset("tiny")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_overrides_reach_every_level_and_change_nothing_else(name: str) -> None:
+    before = get_preset(name).config
+    after = before.override(
+        {"epochs": "3", "lr": "5e-3", "optimizer": "adam", "model.hidden_dim": "64", "augment.flip": "0", "start_size": "0"}
+    )
+    assert (after.epochs, after.lr, after.optimizer) == (3, 0.005, "adam")
+    assert (after.model.hidden_dim, after.augment.flip) == (64, 0.0)
+    assert before == get_preset(name).config
+    undone = {"epochs": before.epochs, "lr": before.lr, "optimizer": before.optimizer, "start_size": before.start_size}
+    nested = {"model.hidden_dim": before.model.hidden_dim, "augment.flip": before.augment.flip}
+    assert after.override({key: str(value) for key, value in {**undone, **nested}.items()}) == before
+
+
+def test_every_field_it_names_can_be_set() -> None:
+    config = TrainConfig()
+    for name in settable_fields():
+        group, _, key = name.rpartition(".")
+        value = getattr(getattr(config, group) if group else config, key)
+        assert config.override({name: str(value)}) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["lrate", "model.width", "augment.epochs", "optimizer.lr", "", "model", "normalize_mean", "a.b.c"]
+)
+def test_unknown_setting_is_refused_and_the_known_ones_are_listed(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown setting '{name}'; known: image_size, .*model\.depth.*augment\.flip"):
+        TrainConfig().override({name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("epochs", "1.5", "an integer"),
+        ("epochs", "", "an integer"),
+        ("model.depth", "eight", "an integer"),
+        ("lr", "fast", "a number"),
+        ("augment.flip", "yes", "a number"),
+    ],
+)
+def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}='{text}' is not {kind}"):
+        TrainConfig().override({name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("optimizer", "sgd"),
+        ("schedule", "step"),
+        ("epochs", "0"),
+        ("batch_size", "-1"),
+        ("image_size", "0"),
+        ("start_size", "33"),
+        ("lr", "0"),
+        ("lr", "nan"),
+        ("val_fraction", "0"),
+        ("val_fraction", "0.6"),
+        ("val_fraction", "nan"),
+        ("warmup", "1"),
+        ("ema_decay", "1"),
+        ("weight_decay", "-0.1"),
+        ("adam_eps", "-1"),
+        ("clip_norm", "-1"),
+        ("label_smoothing", "1"),
+        ("model.patch_size", "33"),
+        ("model.depth", "0"),
+        ("augment.crop_scale", "0"),
+        ("augment.crop_scale", "1.1"),
+        ("augment.flip", "1.5"),
+        ("augment.erase", "-0.1"),
+        ("augment.mixup", "-1"),
+        ("augment.cutmix", "-1"),
+        ("augment.pad_crop", "-4"),
+        ("augment.randaugment_ops", "-1"),
+        ("augment.randaugment_magnitude", "31"),
+    ],
+)
+def test_values_without_sense_are_refused_by_name(name: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=name.rpartition(".")[2]):
+        TrainConfig().override({name: text})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"epoch": 3}, {"model": {"width": 3}}, {"augment": {"blur": 1}}, {"epochs": "three"}, {"model": {"depth": 1.5}}],
+)
+def test_a_stored_description_that_does_not_fit(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        TrainConfig.from_dict(values)

@@ -1,0 +1,242 @@
+"""Folders of real images become tensors, and everything wrong with a folder is said by name."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets
+
+from tests.training.conftest import CIFAR10
+from training.data import ImageSet, load_images, split_validation
+from training.errors import DataError
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+FolderOf = Callable[..., Path]
+
+
+def pixels(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+def put(image: Image.Image, path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def cat() -> Image.Image:
+    with Image.open(min((CIFAR10 / "cat").iterdir())) as image:
+        return image.convert("RGB")
+
+
+def test_loads_every_image_with_its_label(photos: ImageSet) -> None:
+    assert photos.classes == CLASSES
+    assert photos.images.shape == (200, 3, 32, 32)
+    assert photos.images.dtype == torch.uint8
+    assert photos.labels.dtype == torch.int64
+    assert photos.labels.bincount().tolist() == [20] * 10
+    assert len(photos) == 200
+    ships = photos.images[photos.labels == CLASSES.index("ship")]
+    assert torch.equal(ships, torch.stack([pixels(path) for path in sorted((CIFAR10 / "ship").iterdir())]))
+
+
+def test_train_and_test_sub_folders(tmp_path: Path) -> None:
+    for split, take in (("train", slice(12)), ("test", slice(12, None))):
+        for name in ("cat", "dog"):
+            for path in sorted((CIFAR10 / name).iterdir())[take]:
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / split / name)
+    train, test = load_images(tmp_path, "train", 32), load_images(tmp_path, "test", 32)
+    assert (len(train), len(test)) == (24, 16)
+    assert train.classes == test.classes == ["cat", "dog"]
+    together = {image.numpy().tobytes() for image in torch.cat([train.images, test.images])}
+    assert len(together) == 40
+
+
+def test_nested_folders_upper_case_and_strangers(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog")
+    deep = folder / "cat" / "2024" / "march"
+    deep.mkdir(parents=True)
+    first = min(folder.glob("cat/*.webp"))
+    first.rename(deep / "A.WEBP")
+    (folder / "cat" / "notes.txt").write_text("not an image")
+    (folder / ".git").mkdir()
+    (folder / "README.md").write_text("not a class")
+    data = load_images(folder, "train", 32)
+    assert data.classes == ["cat", "dog"]
+    assert data.labels.bincount().tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("size", [8, 32, 40])
+def test_any_image_size(folder_of: FolderOf, size: int) -> None:
+    folder = folder_of("cat", "dog")
+    data = load_images(folder, "train", size)
+    assert data.images.shape == (40, 3, size, size)
+    if size != 32:
+        with Image.open(min(folder.glob("cat/*.webp"))) as image:
+            expected = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+        assert torch.equal(data.images[0], torch.from_numpy(expected).permute(2, 0, 1))
+
+
+def test_other_shapes_are_cropped_to_the_middle_square(folder_of: FolderOf) -> None:
+    folder = folder_of("dog")
+    wide = Image.new("RGB", (96, 32), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 32))
+    put(wide, folder / "flag" / "wide.png")
+    put(wide.rotate(90, expand=True), folder / "flag" / "tall.png")
+    flags = load_images(folder, "train", 32).images[20:]
+    assert (flags == torch.tensor([0, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1)).all()
+
+
+def test_exif_orientation_is_applied(folder_of: FolderOf, cat: Image.Image) -> None:
+    folder = folder_of("dog")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90° clockwise to see it upright
+    path = put(cat, folder / "turned" / "photo.jpg", exif=exif, quality=95)
+    with Image.open(path) as stored:
+        upright = np.array(stored.convert("RGB").rotate(-90))
+    assert not np.array_equal(upright, np.array(cat))
+    assert torch.equal(load_images(folder, "train", 32).images[-1], torch.from_numpy(upright).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA"])
+def test_every_colour_mode_becomes_rgb(folder_of: FolderOf, cat: Image.Image, mode: str) -> None:
+    folder = folder_of("dog")
+    converted = cat.convert(mode)
+    put(converted, folder / "odd" / ("image.jpg" if mode == "CMYK" else "image.png"))
+    image = load_images(folder, "train", 32).images[-1]
+    if mode in ("L", "LA"):
+        grey = torch.from_numpy(np.array(ImageOps.grayscale(cat)))
+        assert torch.equal(image, grey.expand(3, 32, 32))
+    if mode == "RGBA":
+        assert torch.equal(image, torch.from_numpy(np.array(cat)).permute(2, 0, 1))
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder; --data takes a folder with one sub-folder per class"):
+        load_images(tmp_path / "nowhere", "train", 32)
+
+
+def test_no_class_and_one_class(tmp_path: Path, folder_of: FolderOf) -> None:
+    with pytest.raises(DataError, match="at least two; found none"):
+        load_images(tmp_path, "train", 32)
+    with pytest.raises(DataError, match="at least two; found only 'cat'"):
+        load_images(folder_of("cat"), "train", 32)
+
+
+def test_empty_classes_are_named(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog")
+    (folder / "emu").mkdir()
+    (folder / "yak").mkdir()
+    (folder / "yak" / "list.txt").write_text("no image")
+    with pytest.raises(DataError, match=f"no image in {folder / 'emu'}, {folder / 'yak'}"):
+        load_images(folder, "train", 32)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "folder"])
+def test_unreadable_images_are_named(folder_of: FolderOf, cat: Image.Image, kind: str) -> None:
+    folder = folder_of("cat", "dog")
+    path = folder / "cat" / "broken.png"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        whole = put(cat, path).read_bytes()
+        path.write_bytes({"empty": b"", "text": b"hello", "truncated": whole[: len(whole) // 2]}[kind])
+    with pytest.raises(DataError, match=rf"{path} cannot be read as an image \(.*\); remove or replace it"):
+        load_images(folder, "train", 32)
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.05, 1), (0.1, 2), (0.25, 5), (0.5, 10), (0.001, 1)])
+def test_validation_holds_out_the_same_share_of_every_class(photos: ImageSet, fraction: float, held: int) -> None:
+    training, validation = split_validation(photos, fraction, seed=0)
+    assert validation.labels.bincount().tolist() == [held] * 10
+    assert training.labels.bincount().tolist() == [20 - held] * 10
+    assert training.classes == validation.classes == CLASSES
+
+
+def test_slices_are_disjoint_and_complete(photos: ImageSet) -> None:
+    training, validation = split_validation(photos, 0.25, seed=3)
+    sets = [{image.numpy().tobytes() for image in part.images} for part in (training, validation)]
+    assert not sets[0] & sets[1]
+    assert len(sets[0] | sets[1]) == 200
+
+
+def test_the_split_depends_on_the_seed_alone(photos: ImageSet) -> None:
+    torch.manual_seed(1)
+    first = split_validation(photos, 0.25, seed=3)[1]
+    torch.manual_seed(2)
+    assert split_validation(photos, 0.25, seed=3)[1].fingerprint() == first.fingerprint()
+    assert split_validation(photos, 0.25, seed=4)[1].fingerprint() != first.fingerprint()
+
+
+def test_a_class_with_one_image_cannot_be_split(photos: ImageSet) -> None:
+    one_truck = ImageSet(photos.images[:181], photos.labels[:181], photos.classes)
+    with pytest.raises(DataError, match=r"class 'truck' has 1 image\(s\); at least 2 are needed"):
+        split_validation(one_truck, 0.05, seed=0)
+
+
+def test_fingerprint_is_of_pixels_labels_and_names(photos: ImageSet) -> None:
+    assert load_images(CIFAR10, "test", 32).fingerprint() == photos.fingerprint()
+    brighter, relabelled = photos.images.clone(), photos.labels.clone()
+    brighter[7, 0, 0, 0] ^= 1
+    relabelled[7] = 5
+    others = [
+        ImageSet(brighter, photos.labels, photos.classes),
+        ImageSet(photos.images, relabelled, photos.classes),
+        ImageSet(photos.images, photos.labels, [*photos.classes[:-1], "lorry"]),
+        ImageSet(photos.images[:-1], photos.labels[:-1], photos.classes),
+    ]
+    assert len({photos.fingerprint(), *(other.fingerprint() for other in others)}) == 5
+
+
+@pytest.fixture
+def torchvision_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: ImageSet) -> None:
+    """The 200 images as torchvision stores CIFAR-10, where `load_images` looks for it; torchvision told their checksums."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "torchvision" / datasets.CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def store(name: str, content: dict[str, object]) -> str:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    for attribute, name, take in (
+        ("train_list", "data_batch_1", slice(0, None, 2)),
+        ("test_list", "test_batch", slice(1, None, 2)),
+    ):
+        batch = {"data": photos.images[take].flatten(1).numpy(), "labels": photos.labels[take].tolist()}
+        monkeypatch.setattr(datasets.CIFAR10, attribute, [[name, store(name, batch)]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": store("batches.meta", {"label_names": CLASSES})}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+
+
+@pytest.mark.usefixtures("torchvision_copy")
+def test_without_a_folder_it_is_torchvisions_cifar10(photos: ImageSet) -> None:
+    train, test = load_images(None, "train", 32), load_images(None, "test", 32)
+    assert train.classes == test.classes == CLASSES
+    assert torch.equal(train.images, photos.images[::2])
+    assert torch.equal(test.labels, photos.labels[1::2])
+    assert train.images.is_contiguous()
+
+
+@pytest.mark.usefixtures("torchvision_copy")
+def test_torchvisions_cifar10_has_one_size() -> None:
+    with pytest.raises(DataError, match=r"CIFAR-10 is 32 x 32; image_size 48 needs a folder of images \(--data\)"):
+        load_images(None, "train", 48)
+
+
+def test_a_download_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("a file where the folder should be")
+    with pytest.raises(DataError, match=r"CIFAR-10 could not be downloaded to data/torchvision: .* Give a folder with --data"):
+        load_images(None, "train", 32)

@@ -1,0 +1,123 @@
+"""What ships says where it comes from, and nothing ships without its evaluation."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint
+from model.export import METADATA_KEY, ExportError
+from tests.training.conftest import CIFAR10, QUIET, TINY
+from training.data import ImageSet
+from training.errors import DataError
+from training.evaluate import evaluate
+from training.release import export_artifact, load_evaluation, write_card_for
+from training.train import train
+
+NAMED = {"name": "tiny", "version": "9.8.7", "command": "convmixer-train train --preset cpu"}
+
+
+@pytest.fixture(scope="module")
+def artifact(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artifact") / "tiny.onnx"
+    export_artifact(evaluated, path, CIFAR10, **NAMED)
+    return path
+
+
+def metadata(artifact: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads({p.key: p.value for p in onnx.load(artifact).metadata_props}[METADATA_KEY])
+    return found
+
+
+def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
+    found, evaluation = metadata(artifact), json.loads(evaluated.with_name("evaluation.json").read_text())
+    assert {key: found[key] for key in NAMED} == NAMED
+    assert found["resize"] == {"mode": "crop", "filter": "bicubic"}
+    assert found["checkpoint_sha256"] == evaluation["checkpoint_sha256"]
+    assert found["test"] == {
+        key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")
+    }
+    assert found["training"]["epochs"] == TINY.epochs
+    assert found["training"]["hardware"]
+    assert datetime.date.fromisoformat(found["date"]) <= datetime.datetime.now(datetime.UTC).date()
+    assert found["temperature"] == evaluation["temperature"]
+    assert found["parity"]["images"] == found["parity"]["top1_equal"] == 200
+
+
+def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> None:
+    session = onnxruntime.InferenceSession(artifact, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": photos.images.permute(0, 2, 3, 1).contiguous().numpy()})
+    top1 = float((torch.from_numpy(np.asarray(logits)).argmax(1) == photos.labels).float().mean())
+    assert top1 == pytest.approx(metadata(artifact)["test"]["top1"])
+
+
+def test_card_tells_the_numbers_and_shows_the_pictures(artifact: Path, evaluated: Path, tmp_path: Path) -> None:
+    card = tmp_path / "docs" / "model-card.md"
+    write_card_for(evaluated, artifact, card)
+    text, evaluation = card.read_text(), load_evaluation(evaluated)
+    assert text.startswith("# Model card: tiny 9.8.7\n")
+    for fact in (
+        f"**{evaluation['top1']:.2%}**",
+        f"{evaluation['top5']:.2%}",
+        "200 images",
+        f"{load_checkpoint(evaluated).description['parameters']:,} parameters",
+        evaluation["checkpoint_sha256"],
+        NAMED["command"],
+        f'"lr": {TINY.lr}',
+        "| truck | ",
+    ):
+        assert fact in text
+    pictures = sorted((card.parent / "images").iterdir())
+    assert [p.name for p in pictures] == ["tiny-confusion.png", "tiny-curves.png", "tiny-reliability.png"]
+    for picture in pictures:
+        assert f"(images/{picture.name})" in text
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_export_without_evaluation(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"evaluation\.json is missing; run `convmixer-train evaluate .*model\.safetensors` first"
+    ):
+        export_artifact(trained, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ['{"checkpoint_sha256": "0000"}', "{}"])
+def test_no_export_with_the_evaluation_of_other_weights(evaluated: Path, tmp_path: Path, text: str) -> None:
+    checkpoint = Path(shutil.copy(evaluated, tmp_path))
+    checkpoint.with_name("evaluation.json").write_text(text)
+    with pytest.raises(DataError, match=r"is of another checkpoint; run `convmixer-train evaluate .*` again"):
+        export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
+    assert not (tmp_path / "tiny.onnx").exists()
+
+
+def test_a_damaged_evaluation(evaluated: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copy(evaluated, tmp_path))
+    checkpoint.with_name("evaluation.json").write_text('{"images": 2')
+    with pytest.raises(DataError, match=r"evaluation\.json is damaged; run"):
+        load_evaluation(checkpoint)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_no_card_of_another_networks_artifact(artifact: Path, photos: ImageSet, tmp_path: Path) -> None:
+    other = train(TINY.override({"seed": "5", "epochs": "1"}), photos, tmp_path, QUIET)
+    evaluate(other, CIFAR10, tmp_path / "evaluation.json", "cpu")
+    with pytest.raises(ExportError, match=r"tiny\.onnx was exported from another checkpoint than "):
+        write_card_for(other, artifact, tmp_path / "card.md")
+    assert not (tmp_path / "card.md").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not onnx at all"])
+def test_no_card_of_something_else(evaluated: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tiny.onnx").write_bytes(content)
+    with pytest.raises(ExportError, match=r"tiny\.onnx is not an artifact of this project"):
+        write_card_for(evaluated, tmp_path / "tiny.onnx", tmp_path / "card.md")

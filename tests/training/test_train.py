@@ -1,0 +1,506 @@
+"""A run learns, repeats itself bit by bit, survives being stopped and killed, and says what is wrong when it cannot go on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.checkpoint import build_model, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixer, count_parameters
+from tests.training.conftest import QUIET, TINY
+from training import train as train_module
+from training.config import AugmentConfig, TrainConfig
+from training.data import ImageSet, load_images, split_validation
+from training.errors import DataError, DivergenceError, ResumeError, StorageError
+from training.evaluate import compute_logits
+from training.train import Runtime, calibrate, hardware, image_size_at, learning_rate, train
+
+FolderOf = Callable[..., Path]
+ANIMALS = ("cat", "frog", "horse")
+
+
+def few(photos: ImageSet, *classes: int) -> ImageSet:
+    chosen = torch.isin(photos.labels, torch.tensor(classes))
+    labels = torch.searchsorted(torch.tensor(classes), photos.labels[chosen])
+    return ImageSet(photos.images[chosen], labels, [photos.classes[i] for i in classes])
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = load_checkpoint(first).tensors, load_checkpoint(second).tensors
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module")
+def animals(photos: ImageSet) -> ImageSet:
+    return few(photos, 3, 6, 7)
+
+
+# Schedules
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
+    config = TrainConfig(lr=0.01, warmup=0.3)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.01 / 30)
+    assert rates[29] == max(rates) == pytest.approx(0.01)
+    assert rates[14] == pytest.approx(0.005)
+    assert rates[64] == pytest.approx(0.005)
+    assert rates[99] == pytest.approx(0, abs=1e-12)
+    assert rates[:30] == sorted(rates[:30])
+    assert rates[29:] == sorted(rates[29:], reverse=True)
+
+
+def test_one_cycle_without_warm_up_starts_near_the_peak() -> None:
+    rates = [learning_rate(TrainConfig(lr=0.01, warmup=0), step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01, rel=1e-3)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_constant_stays() -> None:
+    assert {learning_rate(TrainConfig(lr=0.02, schedule="constant"), step, 10) for step in range(10)} == {0.02}
+
+
+def test_images_grow_in_steps_of_four_and_reach_the_full_size_at_70_percent() -> None:
+    config = TrainConfig(start_size=20)
+    sizes = [image_size_at(config, step, 100) for step in range(100)]
+    assert sizes[0] == 20
+    assert set(sizes) == {20, 24, 28, 32}
+    assert sizes == sorted(sizes)
+    assert set(sizes[70:]) == {32}
+    assert {image_size_at(TrainConfig(start_size=0), step, 100) for step in range(100)} == {32}
+
+
+@pytest.mark.parametrize(("start", "end"), [(2, 32), (3, 5), (18, 30), (33, 33)])
+def test_images_are_never_smaller_than_the_start_or_larger_than_the_end(start: int, end: int) -> None:
+    config = TrainConfig(start_size=start, image_size=end)
+    sizes = [image_size_at(config, step, 50) for step in range(50)]
+    assert min(sizes) >= start
+    assert max(sizes) == sizes[-1] == end
+
+
+# Learning
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_learns_two_classes_by_heart(photos: ImageSet, tmp_path: Path) -> None:
+    data = few(photos, 6, 8)
+    config = replace(
+        TINY, epochs=30, batch_size=12, lr=0.02, augment=AugmentConfig(crop_scale=1.0, flip=0.0), label_smoothing=0.0
+    )
+    checkpoint = load_checkpoint(train(config, data, tmp_path, QUIET))
+    losses = [row["train_loss"] for row in checkpoint.description["training"]["history"]]
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.2 * losses[0]
+    answers = compute_logits(build_model(checkpoint), data, config, torch.device("cpu")).argmax(1)
+    assert (answers == data.labels).float().mean() >= 0.9
+
+
+def test_releases_all_that_evaluation_and_export_need(trained: Path, photos: ImageSet) -> None:
+    checkpoint = load_checkpoint(trained)
+    net, description = build_model(checkpoint), checkpoint.description
+    assert description["name"] == "convmixer-16-2-k3-p2"
+    assert description["parameters"] == count_parameters(net)
+    assert description["classes"] == photos.classes
+    assert description["image_size"] == 32
+    assert description["normalize_mean"] == list(TINY.normalize_mean)
+    training = description["training"]
+    assert TrainConfig.from_dict(training["config"]) == TINY
+    assert (training["images"], training["validation_images"]) == (190, 10)
+    assert training["data_sha256"] == photos.fingerprint()
+    assert training["torch"] == torch.__version__
+    assert [row["epoch"] for row in training["history"]] == [1, 2]
+    assert all(row["image_size"] == 32 and row["seconds"] > 0 for row in training["history"])
+    assert sorted(p.name for p in trained.parent.iterdir()) == [
+        f"{kind}.{suffix}" for kind in ("last", "model") for suffix in ("json", "safetensors")
+    ]
+
+
+def test_calibration_is_of_the_held_out_images(trained: Path, photos: ImageSet) -> None:
+    checkpoint = load_checkpoint(trained)
+    _, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
+    logits = compute_logits(build_model(checkpoint), validation, TINY, torch.device("cpu"))
+    expected = calibrate(logits, validation.labels)
+    found = checkpoint.description["calibration"]
+    assert found["temperature"] == pytest.approx(expected["temperature"], rel=1e-3)
+    assert found["threshold"] == pytest.approx(expected["threshold"], rel=1e-3)
+    assert found["after"]["nll"] <= found["before"]["nll"] + 1e-9
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    torch.manual_seed(12345)  # what the process did before must not matter
+    again = train(TINY, photos, tmp_path, QUIET)
+    assert_same_weights(trained, again)
+    histories = [load_checkpoint(path).description["training"]["history"] for path in (trained, again)]
+    for rows in histories:
+        for row in rows:
+            del row["seconds"]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
+    weights = [load_checkpoint(train(replace(TINY, seed=s), animals, tmp_path / str(s), QUIET)).tensors for s in (1, 2)]
+    assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+    ("settings", "runtime"),
+    [
+        ({"augment.mixup": "0.5", "augment.cutmix": "0.5", "augment.randaugment_ops": "1"}, QUIET),
+        ({"optimizer": "adam", "schedule": "constant", "clip_norm": "0", "ema_decay": "0"}, QUIET),
+        ({"start_size": "24", "augment.pad_crop": "2", "epochs": "4"}, QUIET),
+        ({"model.patch_size": "1", "model.kernel_size": "5", "label_smoothing": "0"}, QUIET),
+        ({}, replace(QUIET, precision="bf16")),
+    ],
+    ids=["mixed targets", "reference optimizer", "growing images", "other network", "bf16"],
+)
+def test_every_kind_of_run_releases_a_network(
+    animals: ImageSet, tmp_path: Path, settings: dict[str, str], runtime: Runtime
+) -> None:
+    config = TINY.override(settings)
+    checkpoint = load_checkpoint(train(config, animals, tmp_path, runtime))
+    history = checkpoint.description["training"]["history"]
+    assert len(history) == config.epochs
+    assert checkpoint.description["training"]["precision"] == runtime.precision
+    if config.start_size:
+        assert [row["image_size"] for row in history] == sorted(row["image_size"] for row in history)
+        assert history[-1]["image_size"] == 32
+    logits = build_model(checkpoint)(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_averaged_weights_are_released_when_averaging_is_on(animals: ImageSet, tmp_path: Path) -> None:
+    for decay, group in ((0.9, "ema.module."), (0.0, "model.")):
+        path = train(replace(TINY, ema_decay=decay), animals, tmp_path / str(decay), QUIET)
+        last = load_checkpoint(path.with_name("last.safetensors")).tensors
+        released = load_checkpoint(path).tensors
+        assert all(torch.equal(tensor, last[group + name]) for name, tensor in released.items())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_event_files_hold_the_history(animals: ImageSet, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = train(TINY, animals, tmp_path, replace(QUIET, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    history = load_checkpoint(path).description["training"]["history"]
+    for name in ("train_loss", "val_accuracy", "lr"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx([row[name] for row in history])
+
+
+def test_runtime_suits_the_machine() -> None:
+    runtime = Runtime.detect(tensorboard=False)
+    assert runtime.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert runtime.precision in ("float32", "bf16")
+    assert not runtime.tensorboard
+    assert hardware(QUIET).endswith("1 threads")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_too_few_images_for_one_batch(animals: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="57 training images do not fill one batch of 64"):
+        train(replace(TINY, batch_size=64), animals, tmp_path, QUIET)
+
+
+# Stopping, killing, resuming
+
+LONG = {"epochs": 40, "lr": 0.01, "ema_decay": 0.9, "batch_size": 16, "augment.erase": 0.25}
+LONG |= {"model.hidden_dim": 16, "model.depth": 2, "model.kernel_size": 3, "model.patch_size": 2, "start_size": 0}
+LONG_CONFIG = TrainConfig(augment=replace(AugmentConfig(), randaugment_ops=1)).override({k: str(v) for k, v in LONG.items()})
+
+
+@pytest.fixture(scope="module")
+def animal_folder(folder_of: FolderOf) -> Path:
+    return folder_of(*ANIMALS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(animal_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = load_images(animal_folder, "train", 32)
+    return train(LONG_CONFIG, data, tmp_path_factory.mktemp("whole"), QUIET)
+
+
+def start(data: Path, output: Path, repository: Path) -> subprocess.Popen[str]:
+    """`python -m training train` with LONG_CONFIG as a process of its own."""
+    settings = [f"--set={name}={value}" for name, value in {**LONG, "label_smoothing": 0.1}.items()]
+    options = ["--preset=small", "--set=augment.randaugment_ops=1", "--device=cpu", "--precision=float32"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "training", "train", "--data", str(data), "--output", str(output), *options, *settings],
+        cwd=repository,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_until(run: subprocess.Popen[str], text: str) -> None:
+    assert run.stderr is not None
+    seen = []
+    for line in run.stderr:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"the run ended with {run.wait()} before {text!r}:\n{''.join(seen)}")
+
+
+def test_sigterm_saves_and_the_resumed_run_ends_the_same(
+    animal_folder: Path, uninterrupted: Path, tmp_path: Path, repository: Path
+) -> None:
+    with start(animal_folder, tmp_path, repository) as run:
+        read_until(run, "epoch   2 ")
+        run.send_signal(signal.SIGTERM)
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM, errors
+    assert "by a signal; continue with --resume" in errors
+    assert "Traceback" not in errors
+    saved = load_checkpoint(tmp_path / "last.safetensors").description
+    assert 6 <= saved["step"] < 120
+    assert not (tmp_path / "model.safetensors").exists()
+    resumed = train(LONG_CONFIG, load_images(animal_folder, "train", 32), tmp_path, QUIET, resume=True)
+    assert_same_weights(resumed, uninterrupted)
+    assert load_checkpoint(resumed).description["training"]["seconds"] > saved["seconds"]
+
+
+def test_sigkill_loses_little_and_the_resumed_run_ends_the_same(
+    animal_folder: Path, uninterrupted: Path, tmp_path: Path, repository: Path
+) -> None:
+    with start(animal_folder, tmp_path, repository) as run:
+        read_until(run, "epoch   3 ")
+        run.kill()
+        run.communicate(timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    assert 6 <= load_checkpoint(tmp_path / "last.safetensors").description["step"] < 120
+    resumed = train(LONG_CONFIG, load_images(animal_folder, "train", 32), tmp_path, QUIET, resume=True)
+    assert_same_weights(resumed, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def whole_run(animals: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TINY for three epochs of three steps, without a compiler."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PATH", "")
+        return train(replace(TINY, epochs=3), animals, tmp_path_factory.mktemp("whole"), QUIET)
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("stops", [[1], [5], [6], [9], [2, 4, 8]], ids=str)
+def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: Path, tmp_path: Path, stops: list[int]) -> None:
+    config = replace(TINY, epochs=3)
+    taken = 0
+
+    def stop(module: torch.nn.Module, *_: object) -> None:
+        nonlocal taken
+        if isinstance(module, ConvMixer) and module.training:
+            taken += 1
+            if taken in stops:
+                signal.raise_signal(signal.SIGTERM)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(stop)
+    try:
+        for step in stops:
+            with pytest.raises(SystemExit) as end:
+                train(config, animals, tmp_path, QUIET, resume=step != stops[0])
+            assert end.value.code == 128 + signal.SIGTERM
+            assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == step
+        resumed = train(config, animals, tmp_path, QUIET, resume=True)
+    finally:
+        hook.remove()
+    assert taken == 9, "no step is done twice"
+    assert_same_weights(resumed, whole_run)
+    histories = [load_checkpoint(path).description["training"]["history"] for path in (resumed, whole_run)]
+    assert [row["train_loss"] for row in histories[0]] == [row["train_loss"] for row in histories[1]]
+
+
+@pytest.fixture
+def interrupted_at(animals: ImageSet, tmp_path: Path, no_compiler: None) -> Callable[[int], Path]:
+    """Output folder of TINY, stopped by Ctrl-C in the given step of six."""
+
+    def run(step: int) -> Path:
+        taken = itertools.count(1)
+
+        def stop(module: torch.nn.Module, *_: object) -> None:
+            if isinstance(module, ConvMixer) and module.training and next(taken) == step:
+                signal.raise_signal(signal.SIGINT)
+
+        hook = torch.nn.modules.module.register_module_forward_hook(stop)
+        try:
+            with pytest.raises(SystemExit):
+                train(TINY, animals, tmp_path / "run", QUIET)
+        finally:
+            hook.remove()
+        return tmp_path / "run"
+
+    return run
+
+
+def test_finish_releases_what_a_stopped_run_has_come_to(animals: ImageSet, interrupted_at: Callable[[int], Path]) -> None:
+    output = interrupted_at(4)
+    last = (output / "last.safetensors").read_bytes()
+    released = load_checkpoint(train(TINY, animals, output, QUIET, resume=True, finish=True))
+    averaged = load_checkpoint(output / "last.safetensors").tensors
+    assert all(torch.equal(tensor, averaged["ema.module." + name]) for name, tensor in released.tensors.items())
+    training = released.description["training"]
+    assert (training["steps"], training["total_steps"], len(training["history"])) == (4, 6, 1)
+    assert (output / "last.safetensors").read_bytes() == last, "the run can still be resumed"
+
+
+def test_finish_before_the_first_epoch_has_ended(animals: ImageSet, interrupted_at: Callable[[int], Path]) -> None:
+    output = interrupted_at(2)
+    with pytest.raises(ResumeError, match="there is nothing to release yet"):
+        train(TINY, animals, output, QUIET, resume=True, finish=True)
+    assert not (output / "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_ctrl_c_saves_the_step_it_is_in(animals: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "CHECKPOINT_INTERVAL_S", 0.0)  # a checkpoint after every step
+    before = signal.getsignal(signal.SIGINT)
+    last = tmp_path / "last.safetensors"
+
+    ended = threading.Event()
+
+    def interrupt_once_it_runs() -> None:
+        while not last.exists():
+            if ended.wait(0.01):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt_once_it_runs)
+    watcher.start()
+    try:
+        with pytest.raises(SystemExit) as end:
+            train(replace(TINY, epochs=10**6), animals, tmp_path, QUIET)  # only the signal ends it
+    finally:
+        ended.set()
+        watcher.join()
+    assert end.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+    description = load_checkpoint(last).description
+    assert description["step"] >= 1
+    assert len(description["history"]) == description["step"] // 3
+
+
+@pytest.fixture
+def stopped(trained: Path, tmp_path: Path) -> Path:
+    """Output folder with the checkpoint after TINY's last epoch."""
+    return Path(shutil.copytree(trained.parent, tmp_path / "stopped"))
+
+
+def test_a_finished_run_resumes_to_the_same_release(stopped: Path, photos: ImageSet, trained: Path) -> None:
+    (stopped / "model.safetensors").unlink()
+    assert_same_weights(train(TINY, photos, stopped, QUIET, resume=True), trained)
+
+
+def test_nothing_to_resume(photos: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"no checkpoint at .*last\.safetensors; start without --resume"):
+        train(TINY, photos, tmp_path, QUIET, resume=True)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(stopped: Path, photos: ImageSet) -> None:
+    last = stopped / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(ResumeError, match=r"is damaged .*; start without --resume"):
+        train(TINY, photos, stopped, QUIET, resume=True)
+
+
+def test_changed_settings_are_named(stopped: Path, photos: ImageSet) -> None:
+    config = TINY.override({"lr": "0.5", "augment.flip": "0.25", "model.depth": "3"})
+    with pytest.raises(
+        ResumeError, match=r"settings differ from .*: model\.depth was 2, now 3; augment\.flip was 0\.5, now 0\.25; lr was"
+    ):
+        train(config, photos, stopped, QUIET, resume=True)
+
+
+def test_changed_data_is_noticed(stopped: Path, photos: ImageSet) -> None:
+    changed = photos.images.clone()
+    changed[0, 0, 0, 0] ^= 1
+    with pytest.raises(ResumeError, match="was trained on other data"):
+        train(TINY, replace(photos, images=changed), stopped, QUIET, resume=True)
+
+
+def rewrite(last: Path, **changes: Any) -> None:
+    checkpoint = load_checkpoint(last)
+    save_checkpoint(last, checkpoint.tensors, {**checkpoint.description, **changes})
+
+
+def test_a_checkpoint_of_other_code_is_not_resumed(stopped: Path, photos: ImageSet) -> None:
+    rewrite(stopped / "last.safetensors", code_version="0.0.0")
+    with pytest.raises(ResumeError, match=r"is from version 0\.0\.0, this is .*; start anew"):
+        train(TINY, photos, stopped, QUIET, resume=True)
+
+
+# What else can go wrong
+
+WILD = replace(TINY, lr=1e30, clip_norm=0.0, schedule="constant")
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("batch_size", [16, 57], ids=["within an epoch", "at the end of an epoch"])
+def test_divergence_stops_the_run(animals: ImageSet, tmp_path: Path, batch_size: int) -> None:
+    with pytest.raises(
+        DivergenceError, match=r"loss is .* at step \d \(epoch 1\); nothing was saved before it\. Start anew with .*lr=5e\+29"
+    ):
+        train(replace(WILD, batch_size=batch_size), animals, tmp_path, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_divergence_keeps_the_last_good_checkpoint(stopped: Path, photos: ImageSet) -> None:
+    last = stopped / "last.safetensors"
+    config = replace(WILD, epochs=4)
+    rewrite(last, config=config.to_dict())
+    good = last.read_bytes()
+    with pytest.raises(DivergenceError, match=r"loss is .* \(epoch 3\); .*last\.safetensors is from before it"):
+        train(config, photos, stopped, QUIET, resume=True)
+    assert last.read_bytes() == good
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(
+    stopped: Path, photos: ImageSet, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    message = r"last\.safetensors could not be written: .*; an earlier checkpoint there is untouched"
+    with largest_file(8_000), pytest.raises(StorageError, match=message):
+        train(TINY, photos, stopped, QUIET)
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("runtime", [QUIET, replace(QUIET, tensorboard=True)], ids=["checkpoint", "event file"])
+def test_an_output_that_is_no_folder(animals: ImageSet, tmp_path: Path, runtime: Runtime) -> None:
+    output = tmp_path / "file"
+    output.write_text("in the way")
+    with pytest.raises(StorageError, match=r"/file.* written"):
+        train(TINY, animals, output, runtime)
+    assert output.read_text() == "in the way"
+
+
+def test_a_compiler_means_fast_gradients_of_the_same_kind(
+    animals: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a compiler a run differs only by rounding."""
+    fast = load_checkpoint(train(TINY, animals, tmp_path / "fast", QUIET)).tensors
+    monkeypatch.setenv("PATH", "")
+    plain = load_checkpoint(train(TINY, animals, tmp_path / "plain", QUIET)).tensors
+    for name, tensor in fast.items():
+        torch.testing.assert_close(tensor, plain[name], atol=2e-3, rtol=2e-3)
