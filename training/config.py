@@ -195,8 +195,8 @@ PRESETS: dict[str, Preset] = {
             weight_decay=0.02,
         ),
         source="ours: the authors' small script, narrowed and with growing image size for a machine without AVX-512",
-        cost="see docs/model-card.md, which is generated from the run",
-        result="see docs/model-card.md",
+        cost="114 minutes on two threads of one Zen 3 core, float32, beside other work",
+        result="88.25 % on the test set, one run (docs/model-card.md)",
     ),
     "small": Preset(
         TrainConfig(

@@ -47,10 +47,10 @@ _EXAMPLE_ANSWER = {
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.93,
+            "confidence": 0.9998,
             "in_distribution": True,
-            "in_distribution_score": 0.93,
-            "top_k": [{"label": "cat", "probability": 0.93}, {"label": "dog", "probability": 0.04}],
+            "in_distribution_score": 0.9998,
+            "top_k": [{"label": "cat", "probability": 0.9998}, {"label": "dog", "probability": 0.0001}],
             "warnings": [],
         }
     ],
