@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Train a ConvMixer; writes OUTPUT/model.safetensors."""
     from training.data import load_images
-    from training.train import Runtime
+    from training.runtime import Runtime
     from training.train import train as run
 
     overrides = dict(_split_setting(text) for text in settings or [])

@@ -10,16 +10,14 @@ Two files appear in the output folder: `last.safetensors`, from which the run re
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
-from training import __version__
 from training.augment import Augmentation
 from training.config import TrainConfig
 from training.convolution import use_fast_weight_gradients
@@ -39,44 +35,11 @@ from training.data import ImageSet, split_validation
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
 from training.metrics import confidence_threshold, fit_temperature, probability_scores
+from training.runtime import Runtime
+from training.state import Progress, TrainingState
 
 CHECKPOINT_INTERVAL_S = 300.0
 """A kill costs at most this much work; a checkpoint of 0.7 M parameters takes some milliseconds."""
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How a run is executed. Unlike `TrainConfig` it may change between a checkpoint and its resumption.
-
-    Attributes:
-        device: torch device, e.g. `cpu` or `cuda`.
-        precision: `float32`, or the autocast type `bf16` or `fp16`.
-        compile: run the network through torch.compile.
-        tensorboard: write event files next to the checkpoints.
-    """
-
-    device: str = "cpu"
-    precision: str = "float32"
-    compile: bool = False
-    tensorboard: bool = True
-
-    @classmethod
-    def detect(cls, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
-        """The fastest safe choice here: CUDA with bf16, a CPU with bf16 only where its hardware computes in it."""
-        if torch.cuda.is_available():
-            return cls("cuda", "bf16", compile, tensorboard)
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return cls("cpu", "bf16" if has_bf16 else "float32", compile, tensorboard)
-
-
-@dataclass
-class _Progress:
-    """Where a run stands; all of it is in the checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
@@ -119,9 +82,9 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     network = torch.compile(model) if runtime.compile else model
     augment = Augmentation(config, len(data.classes))
-    state = _TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
+    state = TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
 
-    progress = state.load() if resume else _Progress()
+    progress = state.load() if resume else Progress()
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
     writer = _summary_writer(output) if runtime.tensorboard else contextlib.nullcontext()
@@ -244,120 +207,6 @@ def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
     return max(config.start_size, min(config.image_size, round(size / 4) * 4))
 
 
-class _TrainingState:
-    """Writes and reads the training checkpoint, and the released one at the end."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        data: ImageSet,
-        path: Path,
-        model: ConvMixer,
-        ema: AveragedModel,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-    ) -> None:
-        self.config, self.path, self.classes = config, path, data.classes
-        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.data_sha256 = data.fingerprint()
-
-    def save(self, progress: _Progress) -> None:
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
-        description = {
-            "config": self.config.to_dict(),
-            "data_sha256": self.data_sha256,
-            "code_version": __version__,
-            "step": progress.step,
-            "seconds": progress.seconds,
-            "loss_sum": progress.loss_sum,
-            "history": progress.history,
-            "scaler": self.scaler.state_dict(),
-        }
-        _write(self.path, tensors, description)
-
-    def load(self) -> _Progress:
-        try:
-            checkpoint = load_checkpoint(self.path)
-        except CheckpointError as error:
-            raise ResumeError(f"{error}; start without --resume") from error
-        found = checkpoint.description
-        if found["data_sha256"] != self.data_sha256:
-            raise ResumeError(f"{self.path} was trained on other data; resuming needs exactly the same images and labels")
-        if found["code_version"] != __version__:
-            raise ResumeError(f"{self.path} is from version {found['code_version']}, this is {__version__}; start anew")
-        ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
-        changed = [f"{key} was {theirs[key]}, now {ours[key]}" for key in ours if ours[key] != theirs[key]]
-        if changed:
-            raise ResumeError(f"settings differ from {self.path}: {'; '.join(changed)}")
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in checkpoint.tensors.items():
-            group, _, key = name.partition(".")
-            groups[group][key] = tensor
-        self.model.load_state_dict(groups["model"])
-        self.ema.load_state_dict(groups["ema"])
-        parameters = list(self.model.parameters())
-        slots: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in groups["optimizer"].items():
-            index, slot = key.split(".")
-            # files hold plain strides, but the fused optimizer walks a parameter and its moments through memory side by side
-            like = torch.empty_like(parameters[int(index)]) if tensor.dim() else torch.empty_like(tensor)
-            slots.setdefault(int(index), {})[slot] = like.copy_(tensor)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.scaler.load_state_dict(found["scaler"])
-        return _Progress(found["step"], found["seconds"], found["loss_sum"], found["history"])
-
-    def release(
-        self,
-        model: nn.Module,
-        progress: _Progress,
-        calibration: dict[str, Any],
-        n_training: int,
-        n_validation: int,
-        runtime: Runtime,
-    ) -> Path:
-        path = self.path.with_name("model.safetensors")
-        description = {
-            "name": self.config.model.name,
-            "model": self.config.to_dict()["model"],
-            "parameters": count_parameters(model),
-            "classes": self.classes,
-            "image_size": self.config.image_size,
-            "normalize_mean": list(self.config.normalize_mean),
-            "normalize_std": list(self.config.normalize_std),
-            "calibration": calibration,
-            "training": {
-                "config": self.config.to_dict(),
-                "steps": progress.step,
-                "total_steps": self.config.epochs * (n_training // self.config.batch_size),
-                "images": n_training,
-                "validation_images": n_validation,
-                "data_sha256": self.data_sha256,
-                "seconds": progress.seconds,
-                "history": progress.history,
-                "hardware": hardware(runtime),
-                "torch": torch.__version__,
-                "precision": runtime.precision,
-            },
-            "code_version": __version__,
-        }
-        _write(path, dict(model.state_dict()), description)
-        return path
-
-
-def hardware(runtime: Runtime) -> str:
-    """One line that says what computed: the GPU's name, or the processor and the threads used of it."""
-    if torch.device(runtime.device).type == "cuda":
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
@@ -376,24 +225,9 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(_mix_seed(seed, epoch))
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _divergence(what: str, config: TrainConfig, path: Path) -> DivergenceError:
     kept = f"{path} is from before it" if path.exists() else "nothing was saved before it"
     return DivergenceError(f"{what}; {kept}. Start anew with a smaller learning rate, e.g. --set lr={config.lr / 2:g}")
-
-
-def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    try:
-        save_checkpoint(path, tensors, description)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC or "No space" in str(error) else str(error)
-        raise StorageError(f"{path} could not be written: {reason}; an earlier checkpoint there is untouched") from error
 
 
 @contextlib.contextmanager

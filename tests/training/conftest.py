@@ -21,7 +21,8 @@ from model.convmixer import ConvMixerConfig
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images
 from training.evaluate import evaluate
-from training.train import Runtime, train
+from training.runtime import Runtime
+from training.train import train
 
 CIFAR10 = Path(__file__).parent.parent / "data" / "cifar10"
 TINY = TrainConfig(

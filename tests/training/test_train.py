@@ -26,7 +26,8 @@ from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
-from training.train import Runtime, calibrate, hardware, image_size_at, learning_rate, train
+from training.runtime import Runtime, hardware
+from training.train import calibrate, image_size_at, learning_rate, train
 
 FolderOf = Callable[..., Path]
 ANIMALS = ("cat", "frog", "horse")

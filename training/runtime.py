@@ -1,0 +1,46 @@
+"""How and on what a run is executed: device, precision, compilation; nothing here changes what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is executed. Unlike `TrainConfig` it may change between a checkpoint and its resumption.
+
+    Attributes:
+        device: torch device, e.g. `cpu` or `cuda`.
+        precision: `float32`, or the autocast type `bf16` or `fp16`.
+        compile: run the network through torch.compile.
+        tensorboard: write event files next to the checkpoints.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    tensorboard: bool = True
+
+    @classmethod
+    def detect(cls, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
+        """The fastest safe choice here: CUDA with bf16, a CPU with bf16 only where its hardware computes in it."""
+        if torch.cuda.is_available():
+            return cls("cuda", "bf16", compile, tensorboard)
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return cls("cpu", "bf16" if has_bf16 else "float32", compile, tensorboard)
+
+
+def hardware(runtime: Runtime) -> str:
+    """One line that says what computed: the GPU's name, or the processor and the threads used of it."""
+    if torch.device(runtime.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

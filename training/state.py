@@ -1,0 +1,151 @@
+"""The training checkpoint, from which a run resumes, and the released one at its end."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixer, count_parameters
+from training import __version__
+from training.config import TrainConfig
+from training.data import ImageSet
+from training.errors import ResumeError, StorageError
+from training.runtime import Runtime, hardware
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class TrainingState:
+    """Writes and reads the training checkpoint, and the released one at the end."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageSet,
+        path: Path,
+        model: ConvMixer,
+        ema: AveragedModel,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        self.config, self.path, self.classes = config, path, data.classes
+        self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
+        self.data_sha256 = data.fingerprint()
+
+    def save(self, progress: Progress) -> None:
+        """Writes the training checkpoint; raises StorageError."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        description = {
+            "config": self.config.to_dict(),
+            "data_sha256": self.data_sha256,
+            "code_version": __version__,
+            "step": progress.step,
+            "seconds": progress.seconds,
+            "loss_sum": progress.loss_sum,
+            "history": progress.history,
+            "scaler": self.scaler.state_dict(),
+        }
+        _write(self.path, tensors, description)
+
+    def load(self) -> Progress:
+        """Restores model, average and optimizer in place; raises ResumeError for another run's checkpoint."""
+        try:
+            checkpoint = load_checkpoint(self.path)
+        except CheckpointError as error:
+            raise ResumeError(f"{error}; start without --resume") from error
+        found = checkpoint.description
+        if found["data_sha256"] != self.data_sha256:
+            raise ResumeError(f"{self.path} was trained on other data; resuming needs exactly the same images and labels")
+        if found["code_version"] != __version__:
+            raise ResumeError(f"{self.path} is from version {found['code_version']}, this is {__version__}; start anew")
+        ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
+        changed = [f"{key} was {theirs[key]}, now {ours[key]}" for key in ours if ours[key] != theirs[key]]
+        if changed:
+            raise ResumeError(f"settings differ from {self.path}: {'; '.join(changed)}")
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for name, tensor in checkpoint.tensors.items():
+            group, _, key = name.partition(".")
+            groups[group][key] = tensor
+        self.model.load_state_dict(groups["model"])
+        self.ema.load_state_dict(groups["ema"])
+        parameters = list(self.model.parameters())
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in groups["optimizer"].items():
+            index, slot = key.split(".")
+            # files hold plain strides, but the fused optimizer walks a parameter and its moments through memory side by side
+            like = torch.empty_like(parameters[int(index)]) if tensor.dim() else torch.empty_like(tensor)
+            slots.setdefault(int(index), {})[slot] = like.copy_(tensor)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+        self.scaler.load_state_dict(found["scaler"])
+        return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"])
+
+    def release(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        calibration: dict[str, Any],
+        n_training: int,
+        n_validation: int,
+        runtime: Runtime,
+    ) -> Path:
+        """Writes the released checkpoint, `model.safetensors`, and returns its path; raises StorageError."""
+        path = self.path.with_name("model.safetensors")
+        description = {
+            "name": self.config.model.name,
+            "model": self.config.to_dict()["model"],
+            "parameters": count_parameters(model),
+            "classes": self.classes,
+            "image_size": self.config.image_size,
+            "normalize_mean": list(self.config.normalize_mean),
+            "normalize_std": list(self.config.normalize_std),
+            "calibration": calibration,
+            "training": {
+                "config": self.config.to_dict(),
+                "steps": progress.step,
+                "total_steps": self.config.epochs * (n_training // self.config.batch_size),
+                "images": n_training,
+                "validation_images": n_validation,
+                "data_sha256": self.data_sha256,
+                "seconds": progress.seconds,
+                "history": progress.history,
+                "hardware": hardware(runtime),
+                "torch": torch.__version__,
+                "precision": runtime.precision,
+            },
+            "code_version": __version__,
+        }
+        _write(path, dict(model.state_dict()), description)
+        return path
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _write(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    try:
+        save_checkpoint(path, tensors, description)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC or "No space" in str(error) else str(error)
+        raise StorageError(f"{path} could not be written: {reason}; an earlier checkpoint there is untouched") from error
