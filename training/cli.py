@@ -31,6 +31,9 @@ def train(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(configuration.PRESETS)}.")] = "small",
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/train"),
+    init: Annotated[
+        Path | None, typer.Option(help="Begin with the weights of this released checkpoint; a new head if the classes differ.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output after a stop or a kill.")] = False,
     finish: Annotated[
         bool, typer.Option("--finish", help="Release what a stopped run in --output has come to, without more training.")
@@ -63,7 +66,8 @@ def train(
         if precision not in ("float32", "bf16", "fp16"):
             raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
         runtime = replace(runtime, precision=precision)
-    path = run(config, load_images(data, "train", config.image_size), output, runtime, resume=resume or finish, finish=finish)
+    images = load_images(data, "train", config.image_size)
+    path = run(config, images, output, runtime, init=init, resume=resume or finish, finish=finish)
     typer.echo(f"released {path}")
 
 

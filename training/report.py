@@ -107,6 +107,11 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         epochs = (
             f"{config['epochs'] * training['steps'] / training['total_steps']:.1f} of the {epochs} its schedule was laid for,"
         )
+    batches = f"{training['images']:,} images, {epochs} of batch {config['batch_size']}"
+    minutes = f"{training['seconds'] / 60:.0f} minutes"
+    if init := training.get("init"):
+        batches += f", after {init['epochs']} epochs that made the weights it began with (checkpoint `{init['sha256'][:12]}…`)"
+        minutes += f", after {init['seconds'] / 60:.0f} for those,"
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
         f"one run, seed {config['seed']})",
@@ -121,8 +126,8 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
         "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} "
         "(keeps 95 % of held-out images)",
-        "Trained on": f"{training['images']:,} images, {epochs} of batch {config['batch_size']}",
-        "Training time": f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, "
+        "Trained on": batches,
+        "Training time": f"{minutes} on {training['hardware']}, "
         f"{training['precision']}, torch {training['torch']}",
         "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
         "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from model.convmixer import ConvMixer, count_parameters
 from training import __version__
 from training.config import TrainConfig
 from training.data import ImageSet
-from training.errors import ResumeError, StorageError
+from training.errors import ConfigError, ResumeError, StorageError
 from training.runtime import Runtime, hardware
 
 
@@ -28,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     loss_sum: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    init: dict[str, Any] | None = None  # which checkpoint's weights it began with
 
 
 class TrainingState:
@@ -61,6 +63,7 @@ class TrainingState:
             "seconds": progress.seconds,
             "loss_sum": progress.loss_sum,
             "history": progress.history,
+            "init": progress.init,
             "scaler": self.scaler.state_dict(),
         }
         _write(self.path, tensors, description)
@@ -95,7 +98,34 @@ class TrainingState:
             slots.setdefault(int(index), {})[slot] = like.copy_(tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.scaler.load_state_dict(found["scaler"])
-        return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"])
+        return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"], found.get("init"))
+
+    def start_from(self, path: Path) -> dict[str, Any]:
+        """Copies a released checkpoint's weights into model and average; the head stays new where the classes differ.
+
+        Returns:
+            What the new checkpoint says about its origin: name, SHA-256 of the file, epochs and seconds behind it.
+
+        Raises:
+            CheckpointError: `path` is not a checkpoint.
+            ConfigError: it holds another network.
+        """
+        found = load_checkpoint(path)
+        ours, theirs = self.config.to_dict()["model"], found.description["model"]
+        changed = [f"{key} is {theirs[key]}, here {ours[key]}" for key in ours if key != "num_classes" and ours[key] != theirs[key]]
+        if changed:
+            raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
+        same_classes = found.description["classes"] == self.classes
+        weights = {k: v for k, v in found.tensors.items() if same_classes or not k.startswith("head.")}
+        for network in (self.model, self.ema.module):
+            network.load_state_dict(weights, strict=same_classes)
+        before = found.description["training"]
+        return {
+            "name": found.description["name"],
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "epochs": len(before["history"]) + (before.get("init") or {}).get("epochs", 0),
+            "seconds": before["seconds"] + (before.get("init") or {}).get("seconds", 0),
+        }
 
     def release(
         self,
@@ -126,6 +156,7 @@ class TrainingState:
                 "data_sha256": self.data_sha256,
                 "seconds": progress.seconds,
                 "history": progress.history,
+                "init": progress.init,
                 "hardware": hardware(runtime),
                 "torch": torch.__version__,
                 "precision": runtime.precision,

@@ -43,7 +43,14 @@ CHECKPOINT_INTERVAL_S = 300.0
 
 
 def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
-    config: TrainConfig, data: ImageSet, output: Path, runtime: Runtime, *, resume: bool = False, finish: bool = False
+    config: TrainConfig,
+    data: ImageSet,
+    output: Path,
+    runtime: Runtime,
+    *,
+    init: Path | None = None,
+    resume: bool = False,
+    finish: bool = False,
 ) -> Path:
     """Trains one network.
 
@@ -52,6 +59,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         data: training images of side `config.image_size`; a validation slice is held out of them.
         output: folder for checkpoints and logs.
         runtime: device, precision and compilation.
+        init: a released checkpoint whose weights the run begins with (fine-tuning, or one more cycle of the schedule as
+            in arXiv 1608.03983); a resumed run has begun already and does not read it.
         resume: continue from `output/last.safetensors`.
         finish: with `resume`, take no further step and release what the run has come to.
 
@@ -60,6 +69,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     Raises:
         DataError: fewer images than one batch.
+        ConfigError: `init` holds another network.
         ResumeError: there is nothing to resume, or it belongs to another run.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
@@ -84,7 +94,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     augment = Augmentation(config, len(data.classes))
     state = TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
 
-    progress = state.load() if resume else Progress()
+    progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
     writer = _summary_writer(output) if runtime.tensorboard else contextlib.nullcontext()

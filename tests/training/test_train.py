@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -18,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import QUIET, TINY
 from training import train as train_module
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
-from training.errors import DataError, DivergenceError, ResumeError, StorageError
+from training.errors import ConfigError, DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
 from training.runtime import Runtime, hardware
 from training.train import calibrate, image_size_at, learning_rate, train
@@ -185,6 +186,43 @@ def test_every_kind_of_run_releases_a_network(
     logits = build_model(checkpoint)(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
+
+
+# Starting from a checkpoint
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_starts_with_the_weights_of_another_run_and_says_so(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    frozen = replace(TINY, lr=1e-12, weight_decay=0.0, epochs=1)
+    checkpoint = load_checkpoint(train(frozen, photos, tmp_path, QUIET, init=trained))
+    before = load_checkpoint(trained)
+    for name, weight in before.tensors.items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            assert torch.allclose(checkpoint.tensors[name], weight, atol=1e-6), name
+    origin = checkpoint.description["training"]["init"]
+    assert origin["name"] == before.description["name"]
+    assert origin["sha256"] == hashlib.sha256(trained.read_bytes()).hexdigest()
+    assert origin["epochs"] == TINY.epochs
+    again = load_checkpoint(train(frozen, photos, tmp_path / "third", QUIET, init=tmp_path / "model.safetensors"))
+    assert again.description["training"]["init"]["epochs"] == TINY.epochs + 1
+    assert again.description["training"]["init"]["seconds"] > origin["seconds"]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_other_classes_get_a_new_head_on_the_old_body(trained: Path, animals: ImageSet, tmp_path: Path) -> None:
+    frozen = replace(TINY, lr=1e-12, weight_decay=0.0, epochs=1)
+    checkpoint = load_checkpoint(train(frozen, animals, tmp_path, QUIET, init=trained))
+    assert checkpoint.tensors["head.weight"].shape == (3, 16)
+    body = "blocks.1.pointwise.weight"
+    assert torch.allclose(checkpoint.tensors[body], load_checkpoint(trained).tensors[body], atol=1e-6)
+
+
+def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    wider = TINY.override({"model.hidden_dim": "24"})
+    with pytest.raises(ConfigError, match="hidden_dim is 16, here 24"):
+        train(wider, photos, tmp_path, QUIET, init=trained)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        train(TINY, photos, tmp_path, QUIET, init=tmp_path / "none.safetensors")
 
 
 @pytest.mark.usefixtures("no_compiler")
