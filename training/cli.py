@@ -34,6 +34,9 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Begin with the weights of this released checkpoint; a new head if the classes differ.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Learn from the answers of this released checkpoint, usually a larger network's.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output after a stop or a kill.")] = False,
     finish: Annotated[
         bool, typer.Option("--finish", help="Release what a stopped run in --output has come to, without more training.")
@@ -67,7 +70,7 @@ def train(
             raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
         runtime = replace(runtime, precision=precision)
     images = load_images(data, "train", config.image_size)
-    path = run(config, images, output, runtime, init=init, resume=resume or finish, finish=finish)
+    path = run(config, images, output, runtime, init=init, teacher=teacher, resume=resume or finish, finish=finish)
     typer.echo(f"released {path}")
 
 

@@ -16,14 +16,15 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training image; all of it is torchvision.transforms.v2.
+    """What happens to a training image (training/augment.py).
 
     Attributes:
         pad_crop: pixels of zero padding before a random crop; 0 switches it off.
         crop_scale: smallest share of the area a random-resized-crop keeps (side ratio 1:1); 1.0 switches it off.
         flip: probability of a horizontal flip.
         randaugment_ops: operations drawn per image (arXiv 1909.13719); 0 switches it off.
-        randaugment_magnitude: their strength, 0 to 30.
+        randaugment_magnitude: their strength, 0 to 30 (timm's `m9` is 27 on this scale).
+        trivialaugment: 1 adds one operation of random, wider strength per image (arXiv 2103.10158); 0 switches it off.
         erase: probability of erasing a rectangle (arXiv 1708.04896).
         mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 switches it off.
         cutmix: alpha of the Beta distribution (arXiv 1905.04899); 0 switches it off. With both, each batch draws one.
@@ -34,6 +35,7 @@ class AugmentConfig:
     flip: float = 0.5
     randaugment_ops: int = 0
     randaugment_magnitude: int = 8
+    trivialaugment: int = 0
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -59,6 +61,9 @@ class TrainConfig:
         adam_eps: epsilon of Adam; the paper's 1e-3 keeps updates small where gradients are small.
         clip_norm: largest gradient norm; 0 switches clipping off.
         label_smoothing: share of probability mass spread over all classes.
+        distill_weight: share of the loss that is distillation from the run's teacher (`--teacher`), which sees the same
+            pictures (arXiv 2106.05237); the rest is cross-entropy with the labels. Without a teacher it has no effect.
+        distill_temperature: softens both distributions in that share (arXiv 1503.02531).
         ema_decay: decay per step of the averaged weights that are validated and released; 0 switches it off.
         normalize_mean: per-channel mean of pixels in [0, 1].
         normalize_std: per-channel standard deviation of pixels in [0, 1].
@@ -80,6 +85,8 @@ class TrainConfig:
     adam_eps: float = 1e-3
     clip_norm: float = 1.0
     label_smoothing: float = 0.1
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.0
     ema_decay: float = 0.998
     normalize_mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
     normalize_std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616)
@@ -103,6 +110,9 @@ class TrainConfig:
                 self.augment.pad_crop, self.augment.randaugment_ops, self.augment.mixup, self.augment.cutmix
             )
             >= 0,
+            "trivialaugment must be 0 or 1": self.augment.trivialaugment in (0, 1),
+            "distill_weight must be in [0, 1] and distill_temperature positive": 0 <= self.distill_weight <= 1
+            and self.distill_temperature > 0,
             "randaugment_magnitude must be in 0..30": 0 <= self.augment.randaugment_magnitude <= 30,
             "weight_decay, adam_eps and clip_norm must not be negative": min(self.weight_decay, self.adam_eps, self.clip_norm)
             >= 0,
@@ -218,7 +228,7 @@ PRESETS: dict[str, Preset] = {
                 crop_scale=0.75,
                 flip=0.5,
                 randaugment_ops=2,
-                randaugment_magnitude=9,
+                randaugment_magnitude=27,  # the paper's m9 of timm's scale of 10
                 erase=0.25,
                 mixup=0.5,
                 cutmix=0.5,

@@ -127,8 +127,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} "
         "(keeps 95 % of held-out images)",
         "Trained on": batches,
-        "Training time": f"{minutes} on {training['hardware']}, "
-        f"{training['precision']}, torch {training['torch']}",
+        "Training time": f"{minutes} on {training['hardware']}, {training['precision']}, torch {training['torch']}",
         "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
         "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} "
         f"of {artifact['parity']['images']:,} images, "

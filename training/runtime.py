@@ -44,3 +44,9 @@ def hardware(runtime: Runtime) -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Computes in `bf16` or `fp16` where that is safe; in `float32` it changes nothing."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

@@ -39,6 +39,7 @@ class TrainingState:
         self,
         config: TrainConfig,
         data: ImageSet,
+        teacher: dict[str, str] | None,
         path: Path,
         model: ConvMixer,
         ema: AveragedModel,
@@ -47,7 +48,7 @@ class TrainingState:
     ) -> None:
         self.config, self.path, self.classes = config, path, data.classes
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.data_sha256 = data.fingerprint()
+        self.data_sha256, self.teacher = data.fingerprint(), teacher
 
     def save(self, progress: Progress) -> None:
         """Writes the training checkpoint; raises StorageError."""
@@ -58,6 +59,7 @@ class TrainingState:
         description = {
             "config": self.config.to_dict(),
             "data_sha256": self.data_sha256,
+            "teacher": self.teacher,
             "code_version": __version__,
             "step": progress.step,
             "seconds": progress.seconds,
@@ -79,6 +81,11 @@ class TrainingState:
             raise ResumeError(f"{self.path} was trained on other data; resuming needs exactly the same images and labels")
         if found["code_version"] != __version__:
             raise ResumeError(f"{self.path} is from version {found['code_version']}, this is {__version__}; start anew")
+        if found.get("teacher") != self.teacher:
+            names = [(t or {}).get("name", "none") for t in (found.get("teacher"), self.teacher)]
+            raise ResumeError(
+                f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same file"
+            )
         ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
         changed = [f"{key} was {theirs[key]}, now {ours[key]}" for key in ours if ours[key] != theirs[key]]
         if changed:
@@ -112,7 +119,9 @@ class TrainingState:
         """
         found = load_checkpoint(path)
         ours, theirs = self.config.to_dict()["model"], found.description["model"]
-        changed = [f"{key} is {theirs[key]}, here {ours[key]}" for key in ours if key != "num_classes" and ours[key] != theirs[key]]
+        changed = [
+            f"{key} is {theirs[key]}, here {ours[key]}" for key in ours if key != "num_classes" and ours[key] != theirs[key]
+        ]
         if changed:
             raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
         same_classes = found.description["classes"] == self.classes
@@ -154,6 +163,7 @@ class TrainingState:
                 "images": n_training,
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
+                "teacher": self.teacher,
                 "seconds": progress.seconds,
                 "history": progress.history,
                 "init": progress.init,

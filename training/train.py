@@ -32,10 +32,12 @@ from training.augment import Augmentation
 from training.config import TrainConfig
 from training.convolution import use_fast_weight_gradients
 from training.data import ImageSet, split_validation
+from training.distill import Distillation
+from training.distributed import join, local_device
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
 from training.metrics import confidence_threshold, fit_temperature, probability_scores
-from training.runtime import Runtime
+from training.runtime import Runtime, autocast
 from training.state import Progress, TrainingState
 
 CHECKPOINT_INTERVAL_S = 300.0
@@ -49,6 +51,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     runtime: Runtime,
     *,
     init: Path | None = None,
+    teacher: Path | None = None,
     resume: bool = False,
     finish: bool = False,
 ) -> Path:
@@ -61,6 +64,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         runtime: device, precision and compilation.
         init: a released checkpoint whose weights the run begins with (fine-tuning, or one more cycle of the schedule as
             in arXiv 1608.03983); a resumed run has begun already and does not read it.
+        teacher: a released checkpoint whose answers to the same pictures the network learns to give.
         resume: continue from `output/last.safetensors`.
         finish: with `resume`, take no further step and release what the run has come to.
 
@@ -69,7 +73,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     Raises:
         DataError: fewer images than one batch.
-        ConfigError: `init` holds another network.
+        ConfigError: `init` holds another network, `teacher` other classes, or the batch does not divide by the processes.
+        CheckpointError: `init` or `teacher` is not a released checkpoint.
         ResumeError: there is nothing to resume, or it belongs to another run.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
@@ -82,7 +87,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         raise DataError(f"{len(training)} training images do not fill one batch of {config.batch_size}")
     total_steps = config.epochs * steps_per_epoch
 
-    device = torch.device(runtime.device)
+    device = torch.device(local_device(runtime.device))
+    images, labels = training.images.to(device), training.labels.to(device)
     torch.manual_seed(config.seed)
     model = ConvMixer(config.model).to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu" and config.model.kernel_size % 2 == 1 and shutil.which("c++"):
@@ -90,44 +96,50 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     optimizer = _build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
-    network = torch.compile(model) if runtime.compile else model
-    augment = Augmentation(config, len(data.classes))
-    state = TrainingState(config, data, output / "last.safetensors", model, ema, optimizer, scaler)
+    augment = Augmentation(config, len(data.classes), device)
+    distill = Distillation(teacher, config, data.classes, device) if teacher else None
+    origin = distill.teacher if distill else None
+    state = TrainingState(config, data, origin, output / "last.safetensors", model, ema, optimizer, scaler)
 
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
-    writer = _summary_writer(output) if runtime.tensorboard else contextlib.nullcontext()
-    bar = tqdm(
-        total=total_steps,
-        initial=progress.step,
-        unit="step",
-        mininterval=1 if sys.stderr.isatty() else 30,
-        desc=f"{config.model.name} {count_parameters(model):,} parameters, {runtime.device} {runtime.precision}",
-    )
-    started = time.monotonic() - progress.seconds
-    begun = saved_at = time.monotonic()
-
     last_step = progress.step if finish else total_steps
-    with _termination_requested() as termination, bar, writer as events:
-        for step in range(progress.step, last_step):
+    # a GPU asked for a number first finishes all that it has queued
+    check_interval = 1 if device.type == "cpu" else 16
+
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(join(device))
+        share = group.share(config.batch_size)
+        network = group.wrap(model, device)
+        network = torch.compile(network) if runtime.compile else network
+        events = stack.enter_context(_summary_writer(output) if runtime.tensorboard and group.leads else contextlib.nullcontext())
+        bar = stack.enter_context(_progress_bar(config, model, runtime, progress.step, total_steps, shown=group.leads))
+        termination = stack.enter_context(_termination_requested())
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+        started = time.monotonic() - progress.seconds
+        begun = saved_at = time.monotonic()
+        first_step = progress.step
+
+        for step in range(first_step, last_step):
             epoch, position = divmod(step, steps_per_epoch)
-            if position == 0 or step == progress.step:
-                order = torch.randperm(len(training), generator=_generator(config.seed, epoch))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, total_steps)
+            if position == 0 or step == first_step:
+                order = torch.randperm(len(training), generator=_generator(config.seed, epoch)).to(device)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(config, step, total_steps)
 
             torch.manual_seed(_mix_seed(config.seed, step))
             batch = order[position * config.batch_size : (position + 1) * config.batch_size]
             size = image_size_at(config, step, total_steps)
-            images, targets = augment(training.images[batch], training.labels[batch], size)
-            images = images.to(device, memory_format=torch.channels_last)
-            targets = targets.to(device)
+            pictures, targets = augment(images[batch], labels[batch], size)
+            pictures, targets = pictures[share].contiguous(memory_format=torch.channels_last), targets[share]
 
             model.train()
-            with _autocast(device, runtime.precision):
-                logits = network(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+            with autocast(device, runtime.precision):
+                logits = network(pictures).float()
+                loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+                if distill:
+                    loss = config.distill_weight * distill(pictures, logits) + (1 - config.distill_weight) * loss
             scaler.scale(loss).backward()
             if config.clip_norm:
                 scaler.unscale_(optimizer)
@@ -136,25 +148,28 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             ema.update_parameters(model)
+            loss_sum += group.mean(loss.detach())
 
-            loss_value = loss.item()
-            if not math.isfinite(loss_value):
-                raise _divergence(f"loss is {loss_value} at step {step} (epoch {epoch + 1})", config, state.path)
             progress.step = step + 1
-            progress.loss_sum += loss_value
             progress.seconds = time.monotonic() - started
             bar.update()
-            rate = config.batch_size * (progress.step - bar.initial) / (time.monotonic() - begun)
-            bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {loss_value:.3f}", False)
-
             epoch_ends = position == steps_per_epoch - 1
+            if not (epoch_ends or progress.step % check_interval == 0 or step == last_step - 1):
+                continue
+            progress.loss_sum = loss_sum.item()
+            if not math.isfinite(progress.loss_sum):
+                raise _divergence(f"loss is {progress.loss_sum} at step {step} (epoch {epoch + 1})", config, state.path)
+            rate = config.batch_size * (progress.step - first_step) / (time.monotonic() - begun)
+            mean_loss = progress.loss_sum / (position + 1)
+            bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
+
             if epoch_ends:
                 released = ema.module if config.ema_decay else model
                 val_logits = compute_logits(released, validation, config, device)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
                     "epoch": epoch + 1,
-                    "train_loss": progress.loss_sum / steps_per_epoch,
+                    "train_loss": mean_loss,
                     "val_loss": float(F.cross_entropy(val_logits, validation.labels)),
                     "val_accuracy": val_accuracy,
                     "lr": learning_rate(config, step, total_steps),
@@ -163,7 +178,9 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 }
                 progress.history.append(row)
                 progress.loss_sum = 0.0
-                tqdm.write(f"epoch {epoch + 1:3d}  loss {row['train_loss']:.4f}  validation {val_accuracy:.2%}", file=sys.stderr)
+                loss_sum.zero_()
+                if group.leads:
+                    tqdm.write(f"epoch {epoch + 1:3d}  loss {mean_loss:.4f}  validation {val_accuracy:.2%}", file=sys.stderr)
                 if not math.isfinite(row["val_loss"]):
                     raise _divergence(
                         f"validation loss is {row['val_loss']} at step {step} (epoch {epoch + 1})", config, state.path
@@ -171,15 +188,18 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 if events:
                     for name, value in row.items():
                         events.add_scalar(name, value, epoch + 1)
-            if epoch_ends or termination or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S:
+            stop = group.any(bool(termination), device)
+            if group.leads and (epoch_ends or stop or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S):
                 state.save(progress)
                 saved_at = time.monotonic()
-            if termination:
+            if stop:
                 tqdm.write(f"stopped at step {step + 1} by a signal; continue with --resume", file=sys.stderr)
-                raise SystemExit(128 + termination[0])
-    released = ema.module if config.ema_decay else model
-    calibration = calibrate(compute_logits(released, validation, config, device), validation.labels)
-    return state.release(released, progress, calibration, len(training), len(validation), runtime)
+                raise SystemExit(128 + (termination or [signal.SIGTERM])[0])
+        if group.leads:
+            released = ema.module if config.ema_decay else model
+            calibration = calibrate(compute_logits(released, validation, config, device), validation.labels)
+            state.release(released, progress, calibration, len(training), len(validation), runtime)
+    return output / "model.safetensors"
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -222,9 +242,15 @@ def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optim
     return kind(model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+def _progress_bar(config: TrainConfig, model: nn.Module, runtime: Runtime, done: int, total: int, *, shown: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 30,
+        desc=f"{config.model.name} {count_parameters(model):,} parameters, {runtime.device} {runtime.precision}",
+        disable=not shown,
+    )
 
 
 def _mix_seed(seed: int, counter: int) -> int:

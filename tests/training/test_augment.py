@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as vision
 
+from training import augment as augment_module
 from training.augment import Augmentation, normalization
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet
 
 OFF = AugmentConfig(crop_scale=1.0, flip=0.0)
 EVERYTHING = AugmentConfig(
-    pad_crop=4, crop_scale=0.75, randaugment_ops=2, randaugment_magnitude=9, erase=0.25, mixup=0.5, cutmix=0.5
+    pad_crop=4,
+    crop_scale=0.75,
+    randaugment_ops=2,
+    randaugment_magnitude=9,
+    trivialaugment=1,
+    erase=0.25,
+    mixup=0.5,
+    cutmix=0.5,
 )
 Batch = tuple[torch.Tensor, torch.Tensor]
+Operation = Callable[..., torch.Tensor]
 
 
 def augment(photos: ImageSet, config: AugmentConfig, seed: int = 0, size: int = 32) -> Batch:
@@ -59,6 +70,7 @@ def test_gives_floats_of_the_size_asked_for(photos: ImageSet, config: AugmentCon
         dataclasses.replace(OFF, pad_crop=4),
         dataclasses.replace(OFF, erase=0.5),
         dataclasses.replace(OFF, randaugment_ops=2),
+        dataclasses.replace(OFF, trivialaugment=1),
         dataclasses.replace(OFF, mixup=0.5),
         dataclasses.replace(OFF, cutmix=0.5),
         EVERYTHING,
@@ -90,10 +102,70 @@ def test_pad_crop_shifts_by_at_most_the_padding(photos: ImageSet) -> None:
     for image, original in zip(images, unaugmented(photos), strict=True):
         padded = black[0].clone()
         padded[:, 2:34, 2:34] = original
-        fits = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 32, x : x + 32], image)]
+        windows = {(y, x): padded[:, y : y + 32, x : x + 32] for y in range(5) for x in range(5)}
+        fits = [place for place, window in windows.items() if torch.allclose(window, image, atol=1e-4)]
         assert fits
         shifts.add(fits[0])
     assert len(shifts) > 5
+
+
+def test_a_crop_shows_a_part_and_nothing_else(photos: ImageSet) -> None:
+    """The corners of a picture whose pixels tell their place: each crop is a square of the share asked for, inside it."""
+    ramp = (torch.arange(32) * 8).byte()
+    places = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.zeros(32, 32).byte()])
+    same = ImageSet(places.expand(200, -1, -1, -1), photos.labels, photos.classes)
+    config = TrainConfig(augment=dataclasses.replace(OFF, crop_scale=0.25), normalize_mean=(0.0,) * 3, normalize_std=(1.0,) * 3)
+    torch.manual_seed(0)
+    images, _ = Augmentation(config, 10)(same.images, same.labels, 32)
+    widths = (images[:, 0, 16, 28] - images[:, 0, 16, 4]) * 255 / 8 / 24  # stored pixels per pixel of the result
+    heights = (images[:, 1, 28, 16] - images[:, 1, 4, 16]) * 255 / 8 / 24
+    torch.testing.assert_close(widths, heights, atol=0.02, rtol=0)
+    assert 0.49 < widths.min() < 0.6
+    assert 0.9 < widths.max() < 1.01
+    shares = widths.square()
+    assert shares.mean() == pytest.approx(0.625, abs=0.05), "the area is uniform in [0.25, 1]"
+    assert (images[:, 2] == 0).all(), "nothing from outside"
+
+
+FACTOR = 1.6
+
+
+@pytest.mark.parametrize(
+    ("ours", "value", "theirs"),
+    [
+        (augment_module._brightness, FACTOR, lambda x: vision.adjust_brightness(x, FACTOR)),
+        (augment_module._color, FACTOR, lambda x: vision.adjust_saturation(x, FACTOR)),
+        (augment_module._contrast, FACTOR, lambda x: vision.adjust_contrast(x, FACTOR)),
+        (augment_module._sharpness, FACTOR, lambda x: vision.adjust_sharpness(x, FACTOR)),
+        (augment_module._posterize, 5, lambda x: vision.posterize((x * 255).byte(), 5) / 255),
+        (augment_module._solarize, 0.4, lambda x: vision.solarize(x, 0.4)),
+        (augment_module._autocontrast, 0, vision.autocontrast),
+        (augment_module._equalize, 0, lambda x: vision.equalize((x * 255).byte()) / 255),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_colour_operations_are_torchvisions(photos: ImageSet, ours: Operation, value: float, theirs: Operation) -> None:
+    pictures = photos.images[:20].float() / 255
+    found = ours(pictures, torch.full((20, 1, 1, 1), float(value)))
+    torch.testing.assert_close(found, theirs(pictures), atol=1e-4, rtol=0)
+
+
+def test_every_operation_of_the_policy_occurs(photos: ImageSet) -> None:
+    same = ImageSet(photos.images[:1].expand(200, -1, -1, -1), photos.labels, photos.classes)
+    images, _ = augment(same, dataclasses.replace(OFF, randaugment_ops=1, randaugment_magnitude=20))
+    kinds = {(image * 1000).round().short().numpy().tobytes() for image in images}
+    # of the 14: identity, autocontrast, equalize, posterize and solarize have no sign, nine have one
+    assert 15 < len(kinds) <= 5 + 9 * 2
+
+
+def test_an_erased_rectangle_takes_the_mean_colour(photos: ImageSet) -> None:
+    images, _ = augment(photos, dataclasses.replace(OFF, erase=1.0))
+    erased = (images == 0).all(1)
+    for hole, image, original in zip(erased, images, unaugmented(photos), strict=True):
+        rows, columns = hole.any(1).nonzero().flatten(), hole.any(0).nonzero().flatten()
+        assert hole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all(), "one full rectangle"
+        assert 0.01 < hole.float().mean() < 0.4
+        assert torch.equal(image[:, ~hole], original[:, ~hole])
 
 
 @pytest.mark.parametrize("config", [{"mixup": 0.5}, {"cutmix": 0.5}, {"mixup": 0.5, "cutmix": 0.5}])

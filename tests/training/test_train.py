@@ -319,19 +319,6 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(
     assert load_checkpoint(resumed).description["training"]["seconds"] > saved["seconds"]
 
 
-def test_sigkill_loses_little_and_the_resumed_run_ends_the_same(
-    animal_folder: Path, uninterrupted: Path, tmp_path: Path, repository: Path
-) -> None:
-    with start(animal_folder, tmp_path, repository) as run:
-        read_until(run, "epoch   3 ")
-        run.kill()
-        run.communicate(timeout=120)
-    assert run.returncode == -signal.SIGKILL
-    assert 6 <= load_checkpoint(tmp_path / "last.safetensors").description["step"] < 120
-    resumed = train(LONG_CONFIG, load_images(animal_folder, "train", 32), tmp_path, QUIET, resume=True)
-    assert_same_weights(resumed, uninterrupted)
-
-
 @pytest.fixture(scope="module")
 def whole_run(animals: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """TINY for three epochs of three steps, without a compiler."""

@@ -1,0 +1,67 @@
+"""A student comes closer to its teacher's answers, and a teacher that does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.checkpoint import CheckpointError, build_model, load_checkpoint
+from tests.training.conftest import QUIET, TINY
+from training.config import AugmentConfig
+from training.data import ImageSet
+from training.distill import Distillation
+from training.errors import ConfigError, ResumeError
+from training.evaluate import compute_logits
+from training.train import train
+
+CPU = torch.device("cpu")
+
+
+def test_distance_is_zero_for_the_teachers_own_answers_and_positive_for_others(trained: Path, photos: ImageSet) -> None:
+    distill = Distillation(trained, replace(TINY, distill_temperature=2.0), photos.classes, CPU)
+    pictures = torch.randn(8, 3, 32, 32)
+    with torch.inference_mode():
+        own = build_model(load_checkpoint(trained))(pictures)
+    torch.testing.assert_close(distill(pictures, own), torch.tensor(0.0), atol=1e-5, rtol=0)
+    other = torch.randn(8, 10)
+    p, q = F.softmax(own / 2, 1), F.softmax(other / 2, 1)
+    expected = 4 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distill(pictures, other), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    config = replace(
+        TINY, seed=5, epochs=12, lr=0.02, ema_decay=0.0, distill_weight=1.0, augment=AugmentConfig(crop_scale=1.0, flip=0.0)
+    )
+    shuffled = replace(photos, labels=photos.labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))])
+    path = train(config, shuffled, tmp_path, QUIET, teacher=trained)
+    teacher, student = (
+        compute_logits(build_model(load_checkpoint(p)), photos, config, CPU).log_softmax(1) for p in (trained, path)
+    )
+    uniform = torch.full_like(teacher, 0.1).log()
+    distance, ignorance = (F.kl_div(q, teacher, reduction="batchmean", log_target=True) for q in (student, uniform))
+    assert distance < 0.5 * ignorance
+    training = load_checkpoint(path).description["training"]
+    assert training["teacher"]["name"] == load_checkpoint(trained).description["name"]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    train(TINY, photos, tmp_path, QUIET, teacher=trained)
+    train(TINY, photos, tmp_path, QUIET, teacher=trained, resume=True)
+    with pytest.raises(ResumeError, match=r"had another teacher \(convmixer-16-2-k3-p2\) than this run \(none\)"):
+        train(TINY, photos, tmp_path, QUIET, resume=True)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="knows classes"):
+        Distillation(trained, TINY, ["cat", "dog"], CPU)
+    with pytest.raises(ConfigError, match="normalised differently"):
+        Distillation(trained, replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos.classes, CPU)
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        Distillation(tmp_path / "none.safetensors", TINY, photos.classes, CPU)
