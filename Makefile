@@ -36,7 +36,7 @@ evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 
 export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that ships, the checkpoint, the model card
 	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --command 'make train PRESET=$(PRESET)'
-	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx
+	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
 	mkdir -p releases/fast
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
 

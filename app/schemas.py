@@ -57,7 +57,9 @@ class Prediction(BaseModel):
     label: str | None = None
     confidence: Probability | None = Field(None, description="Probability of `label`.")
     in_distribution: bool | None = Field(None, description="False: the picture probably shows none of the classes.")
-    in_distribution_score: float | None = None
+    in_distribution_score: float | None = Field(
+        None, description="Below the threshold of the model's `out_of_distribution` rule (`/model`), `in_distribution` is false."
+    )
     top_k: list[ClassProbability] | None = None
     warnings: list[str] | None = None
     heat_map: HeatMap | None = None

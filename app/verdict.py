@@ -23,6 +23,16 @@ def softmax(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float
     return probabilities
 
 
+def energy(logits: NDArray[np.float32], temperature: float) -> float:
+    """Log of the sum of the exponentials of the scaled logits, in nats: higher for pictures like those of the training.
+
+    Args:
+        logits: of one image, float32 [C].
+        temperature: as for `softmax`.
+    """
+    return float(np.logaddexp.reduce(logits.astype(np.float64) / temperature))
+
+
 def judge(outcome: Outcome, metadata: ArtifactMetadata, *, index: int, filename: str | None, top_k: int) -> Prediction:
     """The answer for one image.
 
@@ -37,12 +47,13 @@ def judge(outcome: Outcome, metadata: ArtifactMetadata, *, index: int, filename:
     best = np.argsort(-probabilities, kind="stable")[:top_k]
     winner = int(best[0])
     rule = metadata.out_of_distribution
-    score = float(probabilities[winner])
+    confidence = float(probabilities[winner])
+    score = energy(outcome.logits, metadata.temperature) if rule and rule.score == "energy" else confidence
     return Prediction(
         index=index,
         filename=filename,
         label=metadata.classes[winner],
-        confidence=score,
+        confidence=confidence,
         in_distribution=None if rule is None else score >= rule.threshold,
         in_distribution_score=None if rule is None else score,
         top_k=[ClassProbability(label=metadata.classes[i], probability=float(probabilities[i])) for i in best],

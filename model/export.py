@@ -81,13 +81,16 @@ class ParityReport:
     top1_equal: int
 
 
-def export(checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, metadata: dict[str, Any]) -> ParityReport:
+def export(
+    checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, metadata: dict[str, Any], score: str = "max_probability"
+) -> ParityReport:
     """Writes the artifact and its `.sha256`, if it answers as PyTorch does.
 
     Args:
         checkpoint: a released checkpoint.
         images: uint8 [N, S, S, 3], RGB, to check with; the whole test set for a release.
         output: path of the .onnx file.
+        score: tells pictures of none of the classes, a key of the checkpoint's calibration thresholds.
         metadata: what the checkpoint does not know: name, version, resize rule, date, test results, ….
 
     Returns:
@@ -105,7 +108,7 @@ def export(checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, meta
         "classes": description["classes"],
         "input_size": side,
         "temperature": description["calibration"]["temperature"],
-        "out_of_distribution": {"score": "max_probability", "threshold": description["calibration"]["threshold"]},
+        "out_of_distribution": {"score": score, "threshold": description["calibration"]["thresholds"][score]},
         "architecture": description["name"],
         "parameters": description["parameters"],
         "macs": count_macs(reference.config, side),

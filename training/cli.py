@@ -112,12 +112,13 @@ def export(
 def card(
     checkpoint: Annotated[Path, typer.Argument(help="The released checkpoint, with evaluation.json beside it.")],
     artifact: Annotated[Path, typer.Argument(help="The artifact exported from it.")],
+    data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Markdown file; pictures go to images/ beside it.")] = Path("docs/model-card.md"),
 ) -> None:
     """Write the model card with its pictures."""
     from training.release import write_card_for
 
-    write_card_for(checkpoint, artifact, output)
+    write_card_for(checkpoint, artifact, data, output)
     typer.echo(f"wrote {output}")
 
 

@@ -27,7 +27,8 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
     Args:
         checkpoint_path: a `model.safetensors`.
         data_path: see `training.data.load_images`.
-        output: JSON file written: top-1, top-5, per class, confusion matrix (rows: true class), NLL, Brier, ECE.
+        output: JSON file written: top-1, top-5, per class, confusion matrix (rows: true class), NLL, Brier, ECE, and the
+            images it got wrong with the greatest confidence.
         device: torch device.
 
     Raises:

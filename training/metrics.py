@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CALIBRATION_BINS = 15
+WORST_MISTAKES = 32
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -35,10 +36,19 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(log_temperature.detach().exp())
 
 
-def confidence_threshold(logits: Tensor, temperature: float, kept: float = 0.95) -> float:
-    """The top probability below which a picture is called "none of the classes": keeps 95 % of held-out images."""
-    confidence = F.softmax(logits.double() / temperature, dim=1).amax(1)
-    return float(torch.quantile(confidence, 1 - kept))
+def familiarity(logits: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Scores that are higher for pictures like those of the training: name → float64 [N].
+
+    `max_probability` (arXiv 1610.02136) and `energy`, log Σ exp (arXiv 2010.03759, with the sign turned), both of the
+    logits after temperature scaling.
+    """
+    scaled = logits.double() / temperature
+    return {"max_probability": F.softmax(scaled, dim=1).amax(1), "energy": scaled.logsumexp(1)}
+
+
+def rejection_thresholds(logits: Tensor, temperature: float, kept: float = 0.95) -> dict[str, float]:
+    """For each score the value below which a picture is called "none of the classes": keeps 95 % of held-out images."""
+    return {name: float(torch.quantile(values, 1 - kept)) for name, values in familiarity(logits, temperature).items()}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:
@@ -89,6 +99,9 @@ def score(logits: Tensor, labels: Tensor, classes: list[str], temperature: float
     """
     count = len(classes)
     ranked = logits.argsort(1, descending=True)
+    confidence = F.softmax(logits.double() / temperature, dim=1).amax(1)
+    wrong = (ranked[:, 0] != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:WORST_MISTAKES]
     confusion = torch.bincount(labels * count + ranked[:, 0], minlength=count * count).view(count, count)
     return {
         "images": len(labels),
@@ -100,4 +113,8 @@ def score(logits: Tensor, labels: Tensor, classes: list[str], temperature: float
         "uncalibrated": probability_scores(logits, labels),
         "calibrated": probability_scores(logits, labels, temperature),
         "bins": calibration_bins(logits, labels, temperature),
+        "mistakes": [
+            {"index": int(i), "label": int(labels[i]), "predicted": int(ranked[i, 0]), "confidence": float(confidence[i])}
+            for i in worst
+        ],
     }

@@ -19,6 +19,9 @@ from training.errors import DataError
 RESIZE = {"mode": "crop", "filter": "bicubic"}
 """How the service brings other shapes to the input size; `training.data` does the same."""
 
+SCORE = "max_probability"
+"""How the service tells pictures of none of the classes."""
+
 
 def export_artifact(
     checkpoint_path: Path, output: Path, data_path: Path | None, *, name: str, version: str, command: str
@@ -56,14 +59,20 @@ def export_artifact(
         },
     }
     images = data.images.permute(0, 2, 3, 1).contiguous().numpy()
-    return export(checkpoint, images, output, metadata)
+    return export(checkpoint, images, output, metadata, SCORE)
 
 
-def write_card_for(checkpoint_path: Path, artifact_path: Path, output: Path) -> None:
+def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path | None, output: Path) -> None:
     """Writes the model card of a released artifact.
 
+    Args:
+        checkpoint_path: a `model.safetensors` with `evaluation.json` beside it.
+        artifact_path: the artifact exported from it.
+        data_path: the data it was evaluated on, for the pictures it got wrong.
+        output: the Markdown file.
+
     Raises:
-        DataError: the evaluation is missing or of another checkpoint.
+        DataError: the evaluation is missing or of another checkpoint, or the data are other than it was made with.
         ExportError: the file is no artifact, or was not exported from this checkpoint.
         OSError: the artifact cannot be read or the card not written.
     """
@@ -77,7 +86,11 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, output: Path) -> 
         raise ExportError(f"{artifact_path} is not an artifact of this project") from error
     if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
         raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
-    write_card(load_checkpoint(checkpoint_path), evaluation, artifact, output)
+    checkpoint = load_checkpoint(checkpoint_path)
+    data = load_images(data_path, "test", checkpoint.description["image_size"])
+    if data.fingerprint() != evaluation["data_sha256"]:
+        raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was evaluated on; give the same --data")
+    write_card(checkpoint, evaluation, artifact, data, output)
 
 
 def load_evaluation(checkpoint_path: Path) -> dict[str, Any]:

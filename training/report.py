@@ -14,18 +14,22 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from model.checkpoint import Checkpoint
+from training.data import ImageSet
 
 _COLOR = "#2563eb"
 _MUTED = "#94a3b8"
 
 
-def write_card(checkpoint: Checkpoint, evaluation: dict[str, Any], artifact: dict[str, Any], output: Path) -> None:
+def write_card(
+    checkpoint: Checkpoint, evaluation: dict[str, Any], artifact: dict[str, Any], data: ImageSet, output: Path
+) -> None:
     """Writes `output` (Markdown) and its pictures beside it in `images/`.
 
     Args:
         checkpoint: the released checkpoint.
         evaluation: report of `convmixer-train evaluate`.
         artifact: the exported artifact's metadata.
+        data: the images of the evaluation.
         output: the Markdown file.
     """
     pictures = output.parent / "images"
@@ -34,6 +38,7 @@ def write_card(checkpoint: Checkpoint, evaluation: dict[str, Any], artifact: dic
     draw_curves(checkpoint.description["training"]["history"], pictures / f"{stem}-curves.png")
     draw_confusion(evaluation, checkpoint.description["classes"], pictures / f"{stem}-confusion.png")
     draw_reliability(evaluation["bins"], pictures / f"{stem}-reliability.png")
+    draw_mistakes(evaluation["mistakes"], data, pictures / f"{stem}-mistakes.png")
     output.write_text(_markdown(checkpoint.description, evaluation, artifact, stem))
 
 
@@ -87,6 +92,20 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
     _finish(figure, path, axes)
 
 
+def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) -> None:
+    """The images that were wrong with the greatest confidence, each with what it was taken for."""
+    columns = 8
+    rows = max(1, -(-len(mistakes) // columns))
+    figure, grid = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.6 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, mistake in zip(grid.flat, mistakes, strict=False):
+        axes.imshow(data.images[mistake["index"]].permute(1, 2, 0).numpy())
+        true, predicted = data.classes[mistake["label"]], data.classes[mistake["predicted"]]
+        axes.set_title(f"{predicted} {mistake['confidence']:.0%}\nis {true}", fontsize=7)
+    _finish(figure, path)
+
+
 def _finish(figure: Any, path: Path, *axes: Axes) -> None:
     for a in axes:
         a.spines[["top", "right"]].set_visible(False)
@@ -124,7 +143,8 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
         "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",
         "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
-        "Rejection threshold": f"confidence below {artifact['out_of_distribution']['threshold']:.3f} "
+        "Called none of the classes": f"{artifact['out_of_distribution']['score'].replace('_', ' ')} below "
+        f"{artifact['out_of_distribution']['threshold']:.3f} "
         "(keeps 95 % of held-out images)",
         "Trained on": batches,
         "Training time": f"{minutes} on {training['hardware']}, {training['precision']}, torch {training['torch']}",
@@ -168,6 +188,10 @@ shape and colour, and a picture of anything else still gets one of these labels:
 | class | accuracy |
 |---|---|
 {per_class}
+
+The most confident ones, with what each was taken for:
+
+![Worst mistakes](images/{stem}-mistakes.png)
 
 ## Honesty of the probabilities
 

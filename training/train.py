@@ -36,7 +36,7 @@ from training.distill import Distillation
 from training.distributed import join, local_device
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
-from training.metrics import confidence_threshold, fit_temperature, probability_scores
+from training.metrics import fit_temperature, probability_scores, rejection_thresholds
 from training.runtime import Runtime, autocast
 from training.state import Progress, TrainingState
 
@@ -203,7 +203,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
 
 def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Temperature and rejection threshold, fitted on the held-out slice; never on the test set.
+    """Temperature and rejection thresholds, fitted on the held-out slice; never on the test set.
 
     Args:
         logits: of the validation images, float32 [N, C].
@@ -212,7 +212,7 @@ def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     temperature = fit_temperature(logits, labels)
     return {
         "temperature": temperature,
-        "threshold": confidence_threshold(logits, temperature),
+        "thresholds": rejection_thresholds(logits, temperature),
         "before": probability_scores(logits, labels),
         "after": probability_scores(logits, labels, temperature),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,9 +22,13 @@ METADATA_KEY = "convmixer"
 
 
 class OutOfDistribution(BaseModel):
-    """How "none of my classes" is decided: `score` below `threshold`."""
+    """How "none of my classes" is decided: `score` below `threshold`.
 
-    score: str = Field(pattern="^max_probability$")
+    `max_probability` is the largest probability (arXiv 1610.02136), `energy` the log of the sum of the exponentials of
+    the logits after temperature scaling (arXiv 2010.03759, with the sign turned).
+    """
+
+    score: Literal["max_probability", "energy"]
     threshold: float
 
 

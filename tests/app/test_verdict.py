@@ -7,8 +7,8 @@ from app.images import ResizeRule
 from app.verdict import heat_map, judge, softmax
 
 
-def metadata(threshold: float | None) -> ArtifactMetadata:
-    rule = None if threshold is None else {"score": "max_probability", "threshold": threshold}
+def metadata(threshold: float | None, score: str = "max_probability") -> ArtifactMetadata:
+    rule = None if threshold is None else {"score": score, "threshold": threshold}
     return ArtifactMetadata(
         contract="convmixer-artifact/1",
         name="toy",
@@ -42,6 +42,14 @@ def test_low_confidence_is_called_none_of_the_classes(threshold, inside):
     answer = judge(outcome(0, 3, 0), metadata(threshold), index=0, filename=None, top_k=1)
     assert answer.in_distribution is inside
     assert answer.in_distribution_score == answer.confidence == pytest.approx(0.69, abs=0.01)
+
+
+@pytest.mark.parametrize(("threshold", "inside"), [(1.8, True), (1.9, False)])
+def test_low_energy_is_called_none_of_the_classes(threshold, inside):
+    answer = judge(outcome(0, 3, 0), metadata(threshold, "energy"), index=0, filename=None, top_k=1)
+    assert answer.in_distribution is inside
+    assert answer.in_distribution_score == pytest.approx(np.log(2 + np.exp(1.5)))
+    assert answer.confidence == pytest.approx(0.69, abs=0.01)
 
 
 def test_heat_maps_span_zero_to_one_and_a_flat_one_is_zero():

@@ -61,7 +61,7 @@ def released(random_net: Callable[..., ConvMixer]) -> Callable[..., Checkpoint]:
             "image_size": image_size,
             "normalize_mean": [0.4914, 0.4822, 0.4465],
             "normalize_std": [0.2470, 0.2435, 0.2616],
-            "calibration": {"temperature": 1.25, "threshold": 0.4},
+            "calibration": {"temperature": 1.25, "thresholds": {"max_probability": 0.4, "energy": 1.5}},
             "code_version": "0.0.test",
         }
         return Checkpoint(net.state_dict(), description)

@@ -33,7 +33,7 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
         ["train", "--preset=small", "--epochs=1", *TINY_NET, "--data", CIFAR10, "--output", run, "--device=cpu"],
         ["evaluate", checkpoint, "--data", CIFAR10, "--device=cpu"],
         ["export", checkpoint, artifact, "--data", CIFAR10, "--name=tiny", "--version=2.0.0", "--command=make train"],
-        ["card", checkpoint, artifact, "--output", card],
+        ["card", checkpoint, artifact, "--data", CIFAR10, "--output", card],
     ]
     said = []
     for step in steps:
@@ -46,7 +46,7 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
     assert "top-1 equal to PyTorch on 200 of 200 images" in said[2]
     assert said[3] == f"wrote {card}\n"
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability")}
+    pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability", "mistakes")}
     assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256"} < files
     assert {"run/evaluation.json", "run/model.json", "run/model.safetensors", "run/last.safetensors"} < files
     assert any(name.startswith("run/tensorboard/events") for name in files)

@@ -10,10 +10,11 @@ import torch
 from training.metrics import (
     CALIBRATION_BINS,
     calibration_bins,
-    confidence_threshold,
     expected_calibration_error,
+    familiarity,
     fit_temperature,
     probability_scores,
+    rejection_thresholds,
     score,
 )
 
@@ -56,7 +57,7 @@ def test_temperature_of_extremes_is_usable(right: bool) -> None:
     assert math.isfinite(temperature)
     assert temperature > 0
     assert torch.isfinite((logits.double() / temperature).softmax(1)).all()
-    assert 0 <= confidence_threshold(logits, temperature) <= 1
+    assert 0 <= rejection_thresholds(logits, temperature)["max_probability"] <= 1
 
 
 def test_ece_of_an_honest_classifier_is_zero() -> None:
@@ -91,9 +92,11 @@ def test_scores_of_ignorance() -> None:
 
 def test_threshold_keeps_95_of_100(honest: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, _ = honest
-    threshold = confidence_threshold(logits, 1.3)
-    kept = ((logits.double() / 1.3).softmax(1).amax(1) >= threshold).double().mean()
-    assert float(kept) == pytest.approx(0.95, abs=1e-3)
+    thresholds = rejection_thresholds(logits, 1.3)
+    scaled = logits.double() / 1.3
+    for name, values in {"max_probability": scaled.softmax(1).amax(1), "energy": scaled.exp().sum(1).log()}.items():
+        torch.testing.assert_close(familiarity(logits, 1.3)[name], values)
+        assert float((values >= thresholds[name]).double().mean()) == pytest.approx(0.95, abs=1e-3)
 
 
 def test_report_adds_up() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> 
 
 def test_card_tells_the_numbers_and_shows_the_pictures(artifact: Path, evaluated: Path, tmp_path: Path) -> None:
     card = tmp_path / "docs" / "model-card.md"
-    write_card_for(evaluated, artifact, card)
+    write_card_for(evaluated, artifact, CIFAR10, card)
     text, evaluation = card.read_text(), load_evaluation(evaluated)
     assert text.startswith("# Model card: tiny 9.8.7\n")
     for fact in (
@@ -77,7 +78,7 @@ def test_card_tells_the_numbers_and_shows_the_pictures(artifact: Path, evaluated
     ):
         assert fact in text
     pictures = sorted((card.parent / "images").iterdir())
-    assert [p.name for p in pictures] == ["tiny-confusion.png", "tiny-curves.png", "tiny-reliability.png"]
+    assert [p.name for p in pictures] == [f"tiny-{kind}.png" for kind in ("confusion", "curves", "mistakes", "reliability")]
     for picture in pictures:
         assert f"(images/{picture.name})" in text
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -112,12 +113,17 @@ def test_no_card_of_another_networks_artifact(artifact: Path, photos: ImageSet, 
     other = train(TINY.override({"seed": "5", "epochs": "1"}), photos, tmp_path, QUIET)
     evaluate(other, CIFAR10, tmp_path / "evaluation.json", "cpu")
     with pytest.raises(ExportError, match=r"tiny\.onnx was exported from another checkpoint than "):
-        write_card_for(other, artifact, tmp_path / "card.md")
+        write_card_for(other, artifact, CIFAR10, tmp_path / "card.md")
     assert not (tmp_path / "card.md").exists()
+
+
+def test_no_card_with_other_images(artifact: Path, evaluated: Path, folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not what .* was evaluated on; give the same --data"):
+        write_card_for(evaluated, artifact, folder_of("cat", "dog"), tmp_path / "card.md")
 
 
 @pytest.mark.parametrize("content", [b"", b"not onnx at all"])
 def test_no_card_of_something_else(evaluated: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tiny.onnx").write_bytes(content)
     with pytest.raises(ExportError, match=r"tiny\.onnx is not an artifact of this project"):
-        write_card_for(evaluated, tmp_path / "tiny.onnx", tmp_path / "card.md")
+        write_card_for(evaluated, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")

@@ -139,7 +139,7 @@ def test_calibration_is_of_the_held_out_images(trained: Path, photos: ImageSet) 
     expected = calibrate(logits, validation.labels)
     found = checkpoint.description["calibration"]
     assert found["temperature"] == pytest.approx(expected["temperature"], rel=1e-3)
-    assert found["threshold"] == pytest.approx(expected["threshold"], rel=1e-3)
+    assert found["thresholds"] == pytest.approx(expected["thresholds"], rel=1e-3)
     assert found["after"]["nll"] <= found["before"]["nll"] + 1e-9
 
 

@@ -1,0 +1,138 @@
+"""What happens to photos that were never 32 pixels wide: which resize rule, and which score tells "none of my classes".
+
+    python benchmarks/photos.py CHECKPOINT ARTIFACT PHOTOS [--data CIFAR10] [--output FILE.json]
+
+PHOTOS has one folder per class of the model, and `other/` with photos that show none of them. Every photo goes through
+the service's own decoder, once per resize rule. For each rule: accuracy on the photos of the classes, and how well each
+score separates the CIFAR-10 test images from `other/` (AUROC, and the share of `other/` that passes where 95 % of the
+test images do). The scores, all higher for what the model knows:
+
+- max_probability: the largest calibrated probability (arXiv 1610.02136);
+- energy: log Σ exp of the calibrated logits (arXiv 2010.03759);
+- feature_distance: cosine to the nearest of 50 training features (arXiv 2204.06507), from the network itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from app.engine.artifact import read_verified
+from app.engine.session import Session
+from app.errors import ServiceError
+from app.images import DecodeLimits, ResizeRule, decode_image
+from model.checkpoint import build_model, load_checkpoint
+from model.convmixer import ConvMixer
+from training.augment import normalization
+from training.config import TrainConfig
+from training.data import load_images
+
+NEIGHBOURS = 50
+OTHER = "other"
+MODES = ("crop", "squash", "pad")
+FILTERS = ("bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as folders; downloaded without")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+
+    session = Session(read_verified(options.artifact), "cpu")
+    names, temperature = session.metadata.classes, session.metadata.temperature
+    checkpoint = load_checkpoint(options.checkpoint)
+    network = build_model(checkpoint).to(memory_format=torch.channels_last)
+    config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
+    bank = F.normalize(features(network, load_images(options.data, "train", config.image_size).images[::10], config))
+    known = load_images(options.data, "test", config.image_size).images
+    known_scores = scores(session, network, config, known.permute(0, 2, 3, 1).contiguous().numpy(), temperature, bank)
+
+    files = sorted(p for p in options.photos.glob("*/*") if p.parent.name in (*names, OTHER))
+    print(f"{len(files)} photos, {sum(p.parent.name == OTHER for p in files)} of them {OTHER}; {len(known):,} test images")
+    rows = []
+    for mode, method in itertools.product(MODES, FILTERS):
+        rule = ResizeRule(config.image_size, mode, method)  # type: ignore[arg-type]
+        pixels, folders = decode_all(files, rule)
+        predicted = np.concatenate([session.infer(part) for part in np.array_split(pixels, 8)]).argmax(1)
+        is_other = np.array([folder == OTHER for folder in folders])
+        right = np.array([names[p] == folder for p, folder in zip(predicted, folders, strict=True)])
+        row: dict[str, object] = {"mode": mode, "filter": method, "accuracy": float(right[~is_other].mean())}
+        for name, values in scores(session, network, config, pixels[is_other], temperature, bank).items():
+            row[name] = {"auroc": auroc(known_scores[name], values), "fpr95": fpr95(known_scores[name], values)}
+        rows.append(row)
+        described = "  ".join(f"{k} {v['auroc']:.3f} / {v['fpr95']:.1%}" for k, v in row.items() if isinstance(v, dict))
+        print(f"{mode:6} {method:8} accuracy {row['accuracy']:.1%}   AUROC / FPR95: {described}", flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def decode_all(files: list[Path], rule: ResizeRule) -> tuple[NDArray[np.uint8], list[str]]:
+    """uint8 [N, S, S, 3] and each photo's folder; what cannot be decoded is named and left out."""
+    pixels, folders = [], []
+    for path in files:
+        try:
+            pixels.append(decode_image(path.read_bytes(), rule, DecodeLimits(50_000_000, 20_000)).pixels)
+        except ServiceError as error:
+            print(f"{path}: {error.detail}")
+            continue
+        folders.append(path.parent.name)
+    return np.stack(pixels), folders
+
+
+@torch.inference_mode()
+def features(network: ConvMixer, images: Tensor, config: TrainConfig) -> Tensor:
+    """Pooled features before the head: uint8 [N, 3, S, S] → float32 [N, h]."""
+    normalize = normalization(config)
+    batches = tqdm(images.split(250), desc="features", leave=False)
+    return torch.cat([network.forward_features(normalize(batch)).mean((2, 3)) for batch in batches])
+
+
+def scores(
+    session: Session,
+    network: ConvMixer,
+    config: TrainConfig,
+    pixels: NDArray[np.uint8],
+    temperature: float,
+    bank: Tensor,
+) -> dict[str, NDArray[np.float64]]:
+    """Every score of uint8 [N, S, S, 3]."""
+    parts = np.array_split(pixels, max(1, len(pixels) // 64))
+    logits = torch.from_numpy(np.concatenate([session.infer(part) for part in parts])).double() / temperature
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    own = F.normalize(features(network, images, config))
+    similarity = torch.cat([(part @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1] for part in own.split(500)])
+    return {
+        "max_probability": logits.softmax(1).amax(1).numpy(),
+        "energy": logits.logsumexp(1).numpy(),
+        "feature_distance": similarity.double().numpy(),
+    }
+
+
+def auroc(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> float:
+    """Probability that a known picture scores higher than an unknown one; ties count half."""
+    ordered = np.sort(unknown)
+    below, not_above = np.searchsorted(ordered, known, "left"), np.searchsorted(ordered, known, "right")
+    return float((below + not_above).mean() / (2 * len(unknown)))
+
+
+def fpr95(known: NDArray[np.float64], unknown: NDArray[np.float64]) -> float:
+    """Share of unknown pictures accepted at the threshold that accepts 95 % of the known."""
+    return float((unknown >= np.quantile(known, 0.05)).mean())
+
+
+if __name__ == "__main__":
+    main()
