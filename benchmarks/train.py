@@ -88,7 +88,7 @@ def measure_ours(config: TrainConfig, data: ImageSet, runtime: Runtime) -> float
         path = train(replace(config, epochs=2), data, Path(folder), runtime)
         training = load_checkpoint(path).description["training"]
     first, second = (row["seconds"] for row in training["history"])
-    return training["steps"] / 2 * config.batch_size / (second - first)
+    return float(training["steps"] / 2 * config.batch_size / (second - first))
 
 
 def measure_peak(runtime: Runtime) -> float:

@@ -116,7 +116,8 @@ class _Draws:
 
     def uniform(self) -> Tensor:
         """float32 [N] in [0, 1)."""
-        return next(self._columns)
+        column: Tensor = next(self._columns)
+        return column
 
     def between(self, low: float, high: float) -> Tensor:
         """float32 [N] in [low, high)."""
@@ -150,7 +151,8 @@ def _warp(batch: Tensor, warps: list[Tensor]) -> Tensor:
     for warp in warps[1:]:
         matrix = matrix @ warp
     grid = F.affine_grid(matrix[:, :2], list(batch.shape), align_corners=False)
-    return F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    warped: Tensor = F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return warped
 
 
 # Colours: float32 [N, 3, S, S] in [0, 1] and a strength [N, 1, 1, 1] → the same
@@ -195,7 +197,8 @@ def _autocontrast(image: Tensor, _: Tensor) -> Tensor:
 
 
 def _equalize(image: Tensor, _: Tensor) -> Tensor:
-    return vision.equalize((image * 255).round().byte()).float() / 255
+    equalized: Tensor = vision.equalize((image * 255).round().byte())
+    return equalized.float() / 255
 
 
 _COLOR_OPERATIONS: list[Callable[[Tensor, Tensor], Tensor]] = [

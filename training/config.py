@@ -192,6 +192,17 @@ class Preset:
     result: str
 
 
+_STRONG = AugmentConfig(
+    crop_scale=0.75,
+    flip=0.5,
+    randaugment_ops=2,
+    randaugment_magnitude=27,  # the paper's m9 is of timm's scale of 10
+    erase=0.25,
+    mixup=0.5,
+    cutmix=0.5,
+)
+"""The paper's augmentation for CIFAR-10."""
+
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         TrainConfig(
@@ -224,15 +235,7 @@ PRESETS: dict[str, Preset] = {
     "paper": Preset(
         TrainConfig(
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=1),
-            augment=AugmentConfig(
-                crop_scale=0.75,
-                flip=0.5,
-                randaugment_ops=2,
-                randaugment_magnitude=27,  # the paper's m9 of timm's scale of 10
-                erase=0.25,
-                mixup=0.5,
-                cutmix=0.5,
-            ),
+            augment=_STRONG,
             epochs=200,
             batch_size=128,
             lr=0.01,
@@ -241,6 +244,45 @@ PRESETS: dict[str, Preset] = {
         source="paper, section 3 'CIFAR-10' and appendix (256/8 k9 p1, 706,570 parameters)",
         cost="0.71 GMAC x 3 x 50,000 x 200: hours on a data-centre GPU",
         result="95.9-96.0 % reported by the authors; not run by us yet",
+    ),
+    "teacher": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=512, depth=12, kernel_size=9, patch_size=2),
+            augment=_STRONG,
+            epochs=150,
+            batch_size=512,
+            weight_decay=0.02,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's augmentation on a net of 3.7 M parameters, to teach `fast` and `accurate`",
+        cost="0.94 GMAC x 3 x 50,000 x 150: for a data-centre GPU",
+        result="not run yet",
+    ),
+    "fast": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
+            augment=_STRONG,
+            epochs=400,
+            batch_size=512,
+            weight_decay=0.02,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's widths and kernel at patch 2, long, with --teacher (arXiv 2106.05237)",
+        cost="0.18 GMAC x 3 x 50,000 x 400, and the teacher's forward passes: for a data-centre GPU",
+        result="not run yet; goal 96.0 %",
+    ),
+    "accurate": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=11, kernel_size=9, patch_size=1),
+            augment=_STRONG,
+            epochs=200,
+            batch_size=512,
+            weight_decay=0.02,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's recipe on the largest net below 1 M parameters (969,994), with --teacher",
+        cost="0.97 GMAC x 3 x 50,000 x 200, and the teacher's forward passes: for a data-centre GPU",
+        result="not run yet; goal 97.0 %",
     ),
     "reference": Preset(
         TrainConfig(

@@ -129,4 +129,5 @@ class _GlobalBatchNorm2d(nn.BatchNorm2d):
             statistics["running_var"].lerp_(variance * count / (count - 1), self.momentum or 0.0)
             statistics["num_batches_tracked"] += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+        out: Tensor = x * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+        return out

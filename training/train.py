@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(join(device))
         share = group.share(config.batch_size)
-        network = group.wrap(model, device)
+        network: Callable[[Tensor], Tensor] = group.wrap(model, device)
         network = torch.compile(network) if runtime.compile else network
         events = stack.enter_context(_summary_writer(output) if runtime.tensorboard and group.leads else contextlib.nullcontext())
         bar = stack.enter_context(_progress_bar(config, model, runtime, progress.step, total_steps, shown=group.leads))
@@ -242,7 +242,7 @@ def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optim
     return kind(model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
 
 
-def _progress_bar(config: TrainConfig, model: nn.Module, runtime: Runtime, done: int, total: int, *, shown: bool) -> tqdm:
+def _progress_bar(config: TrainConfig, model: nn.Module, runtime: Runtime, done: int, total: int, *, shown: bool) -> tqdm[Any]:
     return tqdm(
         total=total,
         initial=done,
