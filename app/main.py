@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app import __version__
 from app.api import classify, health, problems
+from app.api.raw import RawBodyFastPath
 from app.errors import StartupError
 from app.protection import RequestGuard
 from app.service import Service
@@ -51,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(classify.router)
     app.include_router(health.router)
     problems.install(app)
+    app.add_middleware(RawBodyFastPath, service=lambda: app.state.service)
     app.add_middleware(
         RequestGuard,
         max_body_bytes=settings.max_body_bytes,

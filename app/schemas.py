@@ -106,3 +106,5 @@ class ModelCard(BaseModel):
     workers: int
     max_batch: int
     warm_up_ms: float
+    batch_ms: dict[int, float] = Field(description="Measured at start: a batch on one worker by its size, in milliseconds.")
+    images_per_second: dict[int, float] = Field(description="Measured at start: images a second by number of workers.")

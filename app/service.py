@@ -6,8 +6,10 @@ The web application and the command line's local `classify` share it.
 from __future__ import annotations
 
 import logging
+import math
 
 from app.engine.artifact import read_verified
+from app.engine.calibration import calibrate
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session, available_cores
 from app.images import DecodeLimits
@@ -15,11 +17,6 @@ from app.settings import Settings
 from app.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
-
-_CPU_MAX_BATCH = 4
-"""On a CPU a batch is no faster per image (activations leave the cache); small ones save a hop between threads."""
-
-_CUDA_MAX_BATCH = 128
 
 
 class Service:
@@ -36,22 +33,25 @@ class Service:
         self.settings = settings
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
-        self.session = Session(verified, settings.provider)
+        cores = available_cores()
+        self.session = Session(verified, settings.provider, lone_threads=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics()
-        on_cpu = self.session.provider == "cpu"
+        self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)
         self.scheduler = Scheduler(
             self.session,
             self.metadata.resize,
             DecodeLimits(settings.max_pixels, settings.max_side),
-            workers=settings.workers or (available_cores() if on_cpu else 1),
-            max_batch=settings.max_batch or (_CPU_MAX_BATCH if on_cpu else _CUDA_MAX_BATCH),
+            workers=self.calibration.workers,
+            max_batch=self.calibration.max_batch,
             max_queue=settings.max_queue,
             on_batch=self.metrics.observe_batch,
         )
         self.metrics.watch(self.scheduler)
+        self.metrics.show(self.calibration)
         logger.info(
-            "serving %s %s (%d classes, sha256 %s…) on %s: %d workers, batches of up to %d, warm-up %.0f ms",
+            "serving %s %s (%d classes, sha256 %s…) on %s: %d workers, batches of up to %d, "
+            "%.2f ms an image; measured in %.0f ms",
             self.metadata.name,
             self.metadata.version,
             len(self.metadata.classes),
@@ -59,7 +59,8 @@ class Service:
             self.session.provider,
             self.scheduler.workers,
             self.scheduler.max_batch,
-            self.session.warm_up_ms,
+            self.calibration.batch_ms.get(1, math.nan),
+            self.calibration.seconds * 1000,
         )
 
     def close(self) -> None:

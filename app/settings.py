@@ -36,8 +36,10 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    workers: int = Field(0, ge=0, le=256, description="Inference threads. 0: one per core of the CPU quota; 1 on CUDA.")
-    max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: 4 on a CPU, 128 on CUDA.")
+    workers: int = Field(
+        0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
+    )
+    max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: measured at start.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes.")

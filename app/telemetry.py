@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from app.engine.calibration import Calibration
 from app.engine.scheduler import Outcome, Scheduler
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -35,6 +36,16 @@ class Metrics:
         Gauge("convmixer_queue_depth", "Images waiting.", registry=self.registry).set_function(scheduler.waiting)
         alive = Gauge("convmixer_engine_alive", "1 while every worker runs, else 0.", registry=self.registry)
         alive.set_function(lambda: 0 if scheduler.failure() else 1)
+
+    def show(self, calibration: Calibration) -> None:
+        """Publishes what the engine measured of itself at start."""
+        batch = Gauge(
+            "convmixer_calibration_batch_seconds", "A batch on one worker, at start.", ["images"], registry=self.registry
+        )
+        for size, milliseconds in calibration.batch_ms.items():
+            batch.labels(str(size)).set(milliseconds / 1000)
+        Gauge("convmixer_workers", "Inference threads.", registry=self.registry).set(calibration.workers)
+        Gauge("convmixer_max_batch", "Largest batch.", registry=self.registry).set(calibration.max_batch)
 
     def observe_batch(self, outcomes: Sequence[Outcome]) -> None:
         """Records one batch."""

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from app.api.problems import problem_response
 from app.engine.scheduler import Outcome
 from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
+from app.protection import Receive
 from app.schemas import ClassifyAnswer, ClassifyJson, ItemError, ModelRef, Prediction, Problem
 from app.service import Service
 from app.verdict import judge
@@ -32,8 +33,27 @@ router = APIRouter()
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
 
+CLIENT_LEFT = 499
+"""No status of HTTP, but nginx's for a client that closed its connection before the answer."""
+
+
 @dataclass(frozen=True)
-class _Upload:
+class Wanted:
+    """A request's parameters.
+
+    Attributes:
+        top_k: classes listed for each image.
+        explain: whether to add heat maps.
+        deadline_ms: time the request may take.
+    """
+
+    top_k: int = 5
+    explain: bool = False
+    deadline_ms: int = 5000
+
+
+@dataclass(frozen=True)
+class Upload:
     """One image as it was sent; `error` if not even its bytes could be had."""
 
     data: bytes
@@ -110,15 +130,41 @@ async def classify(
     are answered; if all are bad, the request fails.
     """
     service: Service = request.app.state.service
-    request_id: str = request.state.request_id
     begin = time.monotonic()
     uploads = await _read_uploads(request, service.settings.max_images)
-    timeout_s = (x_deadline_ms or service.settings.deadline_ms) / 1000 - (time.monotonic() - begin)
+    wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
+    leaving = asyncio.ensure_future(client_leaves(request.receive))
+    try:
+        return await answer(service, uploads, wanted, begin, request.state.request_id, leaving)
+    finally:
+        leaving.cancel()
+
+
+async def answer(
+    service: Service, uploads: list[Upload], wanted: Wanted, begin: float, request_id: str, leaving: asyncio.Future[None]
+) -> Response:
+    """Classifies what was read.
+
+    Args:
+        service: the running service.
+        uploads: the request's images.
+        wanted: the request's parameters.
+        begin: time.monotonic() at which the body began to arrive.
+        request_id: for the answer.
+        leaving: done when the client has left; work that has not begun is dropped then.
+
+    Raises:
+        ServiceError: the request as a whole failed.
+    """
+    timeout_s = wanted.deadline_ms / 1000 - (time.monotonic() - begin)
     if timeout_s <= 0:
         raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
     good = [upload.data for upload in uploads if upload.error is None]
-    futures = service.scheduler.submit(good, explain=explain, timeout_s=timeout_s) if good else []
+    futures = service.scheduler.submit(good, explain=wanted.explain, timeout_s=timeout_s) if good else []
+    leaving.add_done_callback(lambda _: [future.cancel() for future in futures])
     results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True))
+    if leaving.done():
+        return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
 
     predictions: list[Prediction] = []
     outcomes: list[Outcome] = []
@@ -127,7 +173,7 @@ async def classify(
         result = upload.error or next(results)
         if isinstance(result, Outcome):
             outcomes.append(result)
-            predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=top_k))
+            predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
             service.metrics.failures.labels(result.code).inc()
@@ -138,23 +184,29 @@ async def classify(
     service.metrics.request_s.observe(time.monotonic() - begin)
     if not outcomes:
         return _all_failed(errors, predictions, request_id)
-    answer = ClassifyAnswer(
+    body = ClassifyAnswer(
         model=ModelRef(name=service.metadata.name, version=service.metadata.version),
         predictions=predictions,
         request_id=request_id,
     )
     headers = {"Server-Timing": _server_timing(outcomes)}
-    return Response(answer.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+    return Response(body.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
 
 
-async def _read_uploads(request: Request, max_images: int) -> list[_Upload]:
+async def client_leaves(receive: Receive) -> None:
+    """Returns when the client has closed its connection; to be called when the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
         uploads = _read_json(await request.body())
     elif media_type in RAW_TYPES or not media_type:
-        uploads = [_Upload(await request.body())]
+        uploads = [Upload(await request.body())]
         if not uploads[0].data:
             raise MalformedRequest("the body is empty; send an image")
     else:
@@ -168,7 +220,7 @@ async def _read_uploads(request: Request, max_images: int) -> list[_Upload]:
     return uploads
 
 
-async def _read_multipart(request: Request, max_images: int) -> list[_Upload]:
+async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     try:
         async with request.form(max_files=max_images, max_fields=max_images) as form:
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -176,7 +228,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[_Upload]:
                 raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
             if not files:
                 raise MalformedRequest("the form holds no file; send at least one image")
-            return [_Upload(await file.read(), file.filename) for file in files]
+            return [Upload(await file.read(), file.filename) for file in files]
     except HTTPException as error:  # Starlette's word for a malformed body or too many files
         if "Too many files" in error.detail:
             raise TooManyImages(
@@ -185,7 +237,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[_Upload]:
         raise MalformedRequest(f"the multipart body cannot be read: {error.detail}") from error
 
 
-def _read_json(body: bytes) -> list[_Upload]:
+def _read_json(body: bytes) -> list[Upload]:
     try:
         encoded = ClassifyJson.model_validate_json(body).images
     except ValidationError as error:
@@ -195,11 +247,11 @@ def _read_json(body: bytes) -> list[_Upload]:
     return [_from_base64(text) for text in encoded]
 
 
-def _from_base64(text: str) -> _Upload:
+def _from_base64(text: str) -> Upload:
     try:
-        return _Upload(base64.b64decode(text, validate=True))
+        return Upload(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
-        return _Upload(b"", error=UndecodableImage("the string is not base64 (RFC 4648); encode the whole image file"))
+        return Upload(b"", error=UndecodableImage("the string is not base64 (RFC 4648); encode the whole image file"))
 
 
 def _all_failed(errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:

@@ -50,6 +50,8 @@ async def model(request: Request) -> ModelCard:
         workers=service.scheduler.workers,
         max_batch=service.scheduler.max_batch,
         warm_up_ms=round(service.session.warm_up_ms, 2),
+        batch_ms={size: round(ms, 3) for size, ms in service.calibration.batch_ms.items()},
+        images_per_second={count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
     )
 
 

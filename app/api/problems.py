@@ -26,6 +26,13 @@ def problem_response(error: ServiceError, request_id: str, predictions: list[Pre
     return _respond(error.status, error.code, error.detail, request_id, headers, predictions)
 
 
+def defect_response(path: str, error: Exception, request_id: str) -> Response:
+    """The answer when the service itself is wrong; the reason goes to the log."""
+    logger.error("defect while answering %s, request %s", path, request_id, exc_info=error)
+    detail = "a defect of the service; its log has the reason under this request id"
+    return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", detail, request_id, {})
+
+
 async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
     """Answers a failure found outside FastAPI, and closes the connection: the rest of the body is not read."""
     response = problem_response(error, scope["state"]["request_id"])
@@ -57,9 +64,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
-        logger.error("defect while answering %s", request.url.path, exc_info=error)
-        detail = "a defect of the service; its log has the reason under this request id"
-        return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", detail, request.state.request_id, {})
+        return defect_response(request.url.path, error, request.state.request_id)
 
 
 def _respond(

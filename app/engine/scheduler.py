@@ -99,6 +99,7 @@ class Scheduler:
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._draining = False
+        self._busy = 0
         self._busy_since: dict[int, float] = {}
         # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
         self._image_s = session.warm_up_ms / 1000 / 2
@@ -115,7 +116,8 @@ class Scheduler:
             timeout_s: an image whose turn has not come by then is dropped.
 
         Returns:
-            One future an image, in order. Cancelling it drops the image's work if it has not begun. Its exception is
+            One future an image, in order. Cancelling it drops what has not begun of its work, decoding or inference.
+            Its exception is
             one of UnsupportedImage, ImageTooLarge, UndecodableImage, DeadlineExceeded, InferenceFailed, NotServing.
 
         Raises:
@@ -170,8 +172,7 @@ class Scheduler:
             left = list(self._waiting)
             self._waiting.clear()
         for item in left:
-            if item.future.set_running_or_notify_cancel():
-                item.future.set_exception(NotServing("the service shut down before the image's turn came"))
+            _fail(item, NotServing("the service shut down before the image's turn came"))
         return not left and not any(t.is_alive() for t in self._threads)
 
     def _predicted_wait_s(self) -> float:
@@ -188,9 +189,11 @@ class Scheduler:
                 # leave something for the other workers: two half batches end sooner than one whole
                 share = math.ceil(len(self._waiting) / self.workers)
                 batch = [self._waiting.popleft() for _ in range(min(share, self.max_batch))]
+                alone = not self._waiting and not self._busy
+                self._busy += 1
             self._busy_since[me] = time.monotonic()
             try:
-                self._process(batch)
+                self._process(batch, alone)
             except Exception as error:  # nobody may wait for ever, and the worker must live
                 logger.exception("a batch failed outside decoding and inference")
                 for item in batch:
@@ -198,19 +201,24 @@ class Scheduler:
                         _fail(item, InferenceFailed("the engine failed; the log has the reason"), error)
             finally:
                 del self._busy_since[me]
+                with self._changed:
+                    self._busy -= 1
 
-    def _process(self, batch: list[_Item]) -> None:
+    def _process(self, batch: list[_Item], alone: bool) -> None:
         begin = time.monotonic()
-        ready = [item for item in batch if item.future.set_running_or_notify_cancel() and self._decode(item)]
+        # a client may leave while its image is decoded, too
+        ready = [item for item in batch if self._decode(item) and item.future.set_running_or_notify_cancel()]
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]
             if group:
-                self._infer(group, explain)
+                self._infer(group, explain, alone)
         if ready:
             seconds = (time.monotonic() - begin) / len(ready)
             self._image_s += 0.1 * (seconds - self._image_s)
 
     def _decode(self, item: _Item) -> bool:
+        if item.future.cancelled():
+            return False
         begin = time.monotonic()
         item.queue_s = begin - item.submitted
         if begin > item.deadline:
@@ -227,17 +235,17 @@ class Scheduler:
         item.decode_s = time.monotonic() - begin
         return True
 
-    def _infer(self, group: list[_Item], explain: bool) -> None:
+    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> None:
         begin = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
-            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images), None)
+            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images, alone=alone), None)
             if len(logits) != len(group):
                 raise RuntimeError(f"{len(group)} images gave {len(logits)} answers")
         except Exception as error:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 for item in group:
-                    self._infer([item], explain)
+                    self._infer([item], explain, alone)
                 return
             logger.exception("inference failed")
             _fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
@@ -262,4 +270,5 @@ class Scheduler:
 
 def _fail(item: _Item, error: Exception, cause: Exception | None = None) -> None:
     error.__cause__ = cause or error.__cause__
-    item.future.set_exception(error)
+    if item.future.running() or item.future.set_running_or_notify_cancel():
+        item.future.set_exception(error)

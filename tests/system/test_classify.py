@@ -69,6 +69,69 @@ def test_the_three_kinds_of_body_give_the_same_answer(client, samples):
         assert form[index]["confidence"] == pytest.approx(raw[index]["confidence"], abs=1e-5)
 
 
+@pytest.mark.parametrize("query", ["", "top_k=3", "top_k=10&explain=true", "explain=false"])
+def test_the_short_way_and_the_documented_route_give_the_same_answer(client, samples, query):
+    """A parameter in the Content-Type sends a request through FastAPI; the plain one goes around it."""
+    for sample in samples[::40]:
+        answers = []
+        for content_type in ("image/webp", "image/webp; through=fastapi"):
+            response = client.post(f"/classify?{query}", content=sample.data, headers={"Content-Type": content_type})
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "application/json"
+            assert "Server-Timing" in response.headers
+            body = response.json()
+            assert body.pop("request_id") == response.headers["X-Request-ID"]
+            answers.append(body)
+        # the one may have run on every core and the other not: the sums differ in their last bits
+        assert flat(answers[0]) == pytest.approx(flat(answers[1]), abs=1e-4)
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaves of a JSON document by their path."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in flat(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "headers", "expected"),
+    [
+        (b"", "", {}, (400, "malformed_request")),
+        (b"GIF but not really", "", {}, (415, "unsupported_image")),
+        (b"x", "top_k=0", {}, (422, "invalid_parameter")),
+        (b"x", "top_k=1001", {}, (422, "invalid_parameter")),
+        (b"x", "explain=perhaps", {}, (422, "invalid_parameter")),
+        (b"x", "", {"X-Deadline-Ms": "0"}, (422, "invalid_parameter")),
+        (b"x", "", {"X-Deadline-Ms": "soon"}, (422, "invalid_parameter")),
+        (b"x", "", {"X-Deadline-Ms": "3600001"}, (422, "invalid_parameter")),
+    ],
+)
+def test_both_ways_refuse_alike(client, content, query, headers, expected):
+    for content_type in ("image/png", "image/png; through=fastapi"):
+        response = client.post(f"/classify?{query}", content=content, headers={"Content-Type": content_type, **headers})
+        assert problem(response) == expected
+
+
+def test_the_images_of_a_client_that_left_are_dropped(start, samples, tmp_path):
+    path = tmp_path / "large.png"
+    Image.effect_noise((1500, 1500), 60).save(path)
+    images = 12
+    server = start(workers=1, max_body_bytes=10**8)
+    url = server.wait_until_ready()
+    request = httpx.Request("POST", f"{url}/classify", files=[("images", ("x.png", path.read_bytes()))] * images)
+    head = b"POST /classify HTTP/1.1\r\n" + b"".join(b"%s: %s\r\n" % pair for pair in request.headers.raw) + b"\r\n"
+    with socket.create_connection((request.url.host, request.url.port), timeout=60) as connection:
+        connection.sendall(head + request.read())
+    with httpx.Client(base_url=url, timeout=60) as other:
+        assert other.post("/classify", content=samples[0].data, headers=WEBP).status_code == 200
+        while 'convmixer_requests_total{status="499"} 1.0' not in (text := other.get("/metrics").text):
+            assert server.process.poll() is None
+        done = re.search(r"convmixer_images_total (\d+)", text)
+        assert done
+        assert int(done[1]) - 1 < images / 2
+
+
 def test_probabilities_are_ranked_and_sum_to_one(client, samples):
     classes = client.get("/model").json()["classes"]
     answer = classify(client, samples[0].data, top_k=1000)

@@ -13,7 +13,7 @@ from app.engine.artifact import read_verified
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session
 from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
-from app.images import DecodeLimits
+from app.images import DecodeLimits, decode_image
 
 TIMEOUT_S = 60
 
@@ -27,16 +27,19 @@ class GatedSession(Session):
         self.entered = threading.Event()
         self.poison: np.ndarray | None = None
         self.batches: list[int] = []
+        self.alone: list[bool] = []
         super().__init__(model, "cpu")
         self.batches.clear()
+        self.alone.clear()
 
-    def infer(self, images):
+    def infer(self, images, *, alone=False):
         self.batches.append(len(images))
+        self.alone.append(alone)
         self.entered.set()
         assert self.gate.wait(TIMEOUT_S)
         if self.poison is not None and any(np.array_equal(image, self.poison) for image in images):
             raise RuntimeError("poisoned")
-        return super().infer(images)
+        return super().infer(images, alone=alone)
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def make(session):
 
 
 def hold(session, scheduler, data):
-    """Occupies the only worker until the gate opens; returns that image's future."""
+    """Occupies a worker until the gate opens; returns that image's future."""
     session.gate.clear()
     session.entered.clear()
     (future,) = scheduler.submit([data])
@@ -160,6 +163,34 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
     assert stays.result(TIMEOUT_S).batch_size == 1
     with pytest.raises(CancelledError):
         gone.result(TIMEOUT_S)
+
+
+def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make, samples, monkeypatch):
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def slowly(data, rule, limits):
+        decoding.set()
+        assert go_on.wait(TIMEOUT_S)
+        return decode_image(data, rule, limits)
+
+    scheduler = make()
+    monkeypatch.setattr("app.engine.scheduler.decode_image", slowly)
+    (gone,) = scheduler.submit([samples[0].data])
+    assert decoding.wait(TIMEOUT_S)
+    assert gone.cancel()
+    go_on.set()
+    (stays,) = scheduler.submit([samples[1].data])
+    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert session.batches == [1]
+
+
+def test_only_a_lone_image_gets_every_core(session, make, samples):
+    scheduler = make(workers=2)
+    first = hold(session, scheduler, samples[0].data)
+    second = hold(session, scheduler, samples[1].data)
+    session.gate.set()
+    assert first.result(TIMEOUT_S).batch_size == second.result(TIMEOUT_S).batch_size == 1
+    assert session.alone == [True, False]
 
 
 def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, samples):

@@ -27,6 +27,13 @@ def test_a_batch_gives_what_its_images_give_alone(session, images):
     assert together.dtype == np.float32
 
 
+def test_every_core_at_once_gives_the_same(artifact_path, session, images):
+    both = Session(read_verified(artifact_path), "cpu", lone_threads=2)
+    for image in images:
+        assert np.allclose(both.infer(image[None], alone=True), session.infer(image[None]), atol=1e-4)
+    assert np.allclose(both.infer(images), session.infer(images), atol=1e-4)
+
+
 def test_class_maps_average_to_the_logits(session, images):
     logits, maps = session.explain(images)
     assert np.allclose(logits, session.infer(images), atol=1e-4)

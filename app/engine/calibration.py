@@ -1,0 +1,121 @@
+"""How this machine runs this model, measured at start: the latency curve, and from it workers and largest batch.
+
+On a CPU a larger batch is often no faster an image, because activations leave the cache; on a GPU it is many times
+faster; and two hardware threads of one core are not two cores. So nothing is assumed: a fraction of a second of real runs
+decides, inside whatever quota the process has.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.engine.session import Session
+
+BUDGET_S = 0.25
+"""Time for all of it; half for the curve, half for the workers."""
+
+_LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+_WORTH_IT = 1.03
+"""A larger batch must be this much faster an image: it makes everyone in it wait for the others."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured and what follows.
+
+    Attributes:
+        workers: inference threads.
+        max_batch: largest batch.
+        batch_ms: duration of one batch on one worker by its size, in milliseconds.
+        images_s: images a second by number of workers side by side, in batches of `max_batch`.
+        seconds: what measuring took.
+    """
+
+    workers: int
+    max_batch: int
+    batch_ms: dict[int, float] = field(default_factory=dict)
+    images_s: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int = 0) -> Calibration:
+    """Measures and decides.
+
+    Args:
+        session: the warm model.
+        cores: this process may use.
+        workers: decided by the operator; 0 to measure.
+        max_batch: decided by the operator; 0 to measure.
+    """
+    begin = time.perf_counter()
+    batch_ms: dict[int, float] = {}
+    if not max_batch:
+        batch_ms = _latency_curve(session, begin + BUDGET_S / 2)
+        max_batch = _best_batch(batch_ms)
+    images_s: dict[int, float] = {}
+    if not workers:
+        # on a GPU one worker computes and one more decodes and copies meanwhile
+        choices = {cores, max(1, cores // 2), 1} if session.provider == "cpu" else {min(2, cores), 1}
+        images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
+        workers = _best_workers(images_s)
+    return Calibration(workers, max_batch, batch_ms, images_s, time.perf_counter() - begin)
+
+
+def _latency_curve(session: Session, end: float) -> dict[int, float]:
+    """Best of two runs of 1, 2, 4, … images, while they keep getting faster an image and time is left."""
+    side = session.metadata.input_size
+    curve: dict[int, float] = {}
+    size = 1
+    while size <= _LARGEST_BATCH[session.provider] and (not curve or time.perf_counter() < end):
+        images = np.zeros((size, side, side, 3), np.uint8)
+        runs = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            session.infer(images)
+            runs.append((time.perf_counter() - begin) * 1000)
+        curve[size] = min(runs)
+        if size >= 4 and curve[size] / size > curve[size // 4] / (size // 4):
+            break
+        size *= 2
+    return curve
+
+
+def _best_batch(batch_ms: dict[int, float]) -> int:
+    best = 1
+    for size in sorted(batch_ms):
+        if batch_ms[best] / best > _WORTH_IT * batch_ms[size] / size:
+            best = size
+    return best
+
+
+def _best_workers(images_s: dict[int, float]) -> int:
+    """The most, unless fewer are clearly faster: others decode while one is busy with a large picture."""
+    best = max(images_s)
+    for count in sorted(images_s, reverse=True):
+        if images_s[count] > _WORTH_IT * images_s[best]:
+            best = count
+    return best
+
+
+def _throughput(session: Session, workers: int, batch: int, seconds: float) -> float:
+    """Images a second of so many threads side by side."""
+    side = session.metadata.input_size
+    images = np.zeros((batch, side, side, 3), np.uint8)
+    begin = time.perf_counter()
+    counts = [0] * workers
+
+    def work(number: int) -> None:
+        while time.perf_counter() - begin < seconds:
+            session.infer(images)
+            counts[number] += batch
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - begin)

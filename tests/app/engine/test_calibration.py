@@ -1,0 +1,40 @@
+"""The engine's choices follow from what it measured, within the operator's word."""
+
+import pytest
+
+from app.engine.artifact import read_verified
+from app.engine.calibration import _best_batch, _best_workers, calibrate
+from app.engine.session import Session
+
+
+@pytest.fixture(scope="module")
+def session(artifact_path):
+    return Session(read_verified(artifact_path), "cpu")
+
+
+def test_measures_this_machine(session):
+    found = calibrate(session, cores=2)
+    assert found.workers in (1, 2)
+    assert set(found.images_s) == {1, 2}
+    assert 1 in found.batch_ms
+    assert found.max_batch in found.batch_ms
+    assert all(ms > 0 for ms in found.batch_ms.values())
+    assert found.seconds > 0
+
+
+def test_the_operators_word_counts(session):
+    assert calibrate(session, cores=8, workers=3, max_batch=5).workers == 3
+    found = calibrate(session, cores=1, max_batch=5)
+    assert (found.workers, found.max_batch, found.batch_ms) == (1, 5, {})
+
+
+def test_a_larger_batch_must_be_worth_the_wait():
+    assert _best_batch({1: 2.0, 2: 4.0, 4: 9.0}) == 1
+    assert _best_batch({1: 2.0, 2: 3.9, 4: 7.9}) == 1, "3 % are not worth it"
+    assert _best_batch({1: 2.0, 2: 3.0, 4: 4.0, 8: 12.0}) == 4
+
+
+def test_fewer_workers_must_be_clearly_faster():
+    assert _best_workers({1: 100.0, 2: 180.0, 4: 300.0}) == 4
+    assert _best_workers({1: 100.0, 2: 301.0, 4: 300.0}) == 4
+    assert _best_workers({1: 100.0, 2: 330.0, 4: 300.0}) == 2
