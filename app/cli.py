@@ -91,17 +91,18 @@ def classify(
         hidden=not sys.stderr.isatty(),
     ) as predictions:
         for path, prediction in predictions:
-            failed += prediction.error is not None
+            error = prediction.get("error", {"code": "", "detail": ""})["detail"]
+            failed += bool(error)
             if output == "json":
-                typer.echo(prediction.model_dump_json(exclude_none=True))
+                typer.echo(json.dumps(prediction))
             elif output == "csv":
-                error = prediction.error.detail if prediction.error else ""
-                writer.writerow([path, prediction.label, prediction.confidence, prediction.in_distribution, error])
-            elif prediction.error:
-                typer.secho(f"{path}  {prediction.error.detail}", fg="red", err=True)
+                values = [prediction.get(name) for name in ("label", "confidence", "in_distribution")]
+                writer.writerow([path, *values, error])
+            elif error:
+                typer.secho(f"{path}  {error}", fg="red", err=True)
             else:
-                unsure = "" if prediction.in_distribution in (True, None) else "  (perhaps none of the classes)"
-                typer.echo(f"{path}  {prediction.label}  {prediction.confidence:.1%}{unsure}")
+                unsure = "" if prediction.get("in_distribution", True) else "  (perhaps none of the classes)"
+                typer.echo(f"{path}  {prediction['label']}  {prediction['confidence']:.1%}{unsure}")
     service.close()
     if failed:
         raise SystemExit(1)
@@ -170,7 +171,7 @@ def _submit(service: Service, path: Path) -> Future[Outcome] | ServiceError:
 
 
 def _prediction(service: Service, index: int, path: Path, pending: Future[Outcome] | ServiceError, top_k: int) -> Prediction:
-    from app.schemas import ItemError, Prediction
+    from app.schemas import item_error
     from app.verdict import judge
 
     try:
@@ -178,7 +179,7 @@ def _prediction(service: Service, index: int, path: Path, pending: Future[Outcom
             raise pending
         outcome = pending.result()
     except ServiceError as error:
-        return Prediction(index=index, filename=str(path), error=ItemError(code=error.code, detail=error.detail))
+        return item_error(index, str(path), error)
     return judge(outcome, service.metadata, index=index, filename=str(path), top_k=top_k)
 
 

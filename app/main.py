@@ -13,15 +13,17 @@ from app import __version__
 from app.api import classify, health, problems
 from app.api.raw import RawBodyFastPath
 from app.errors import StartupError
-from app.protection import RequestGuard
+from app.protection import App, RequestGuard
 from app.service import Service
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Builds the application.
+def create_app(settings: Settings | None = None) -> App:
+    """Builds the application: guards, then the short way for one raw image, then FastAPI.
+
+    Both stand outside of FastAPI and not among its middleware, because its own entrance costs more than they do.
 
     Args:
         settings: None reads the environment.
@@ -52,15 +54,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(classify.router)
     app.include_router(health.router)
     problems.install(app)
-    app.add_middleware(RawBodyFastPath, service=lambda: app.state.service)
-    app.add_middleware(
-        RequestGuard,
+    return RequestGuard(
+        RawBodyFastPath(app, service=lambda: app.state.service),
         max_body_bytes=settings.max_body_bytes,
         receive_timeout_s=settings.receive_timeout_s,
         answer_failure=problems.answer_failure,
         on_response=lambda path, status: _count(app, path, status),
     )
-    return app
 
 
 def _count(app: FastAPI, path: str, status: int) -> None:

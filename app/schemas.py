@@ -1,10 +1,21 @@
-"""What goes over the wire: requests and answers of `/classify`, `/model` and the probes, with the examples of /docs."""
+"""What goes over the wire: requests and answers of `/classify`, `/model` and the probes.
+
+The answer to `/classify` is made of typed dictionaries: the same schema in /docs as models would give, and nothing to
+build or validate for each request.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic needs these on Python 3.11
+)
 
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
+
+from app.errors import ServiceError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -17,21 +28,21 @@ class ClassifyJson(BaseModel):
     images: list[str] = Field(min_length=1, description="Whole image files, base64 (RFC 4648, standard alphabet).")
 
 
-class ModelRef(BaseModel):
+class ModelRef(TypedDict):
     """Which model answered."""
 
     name: str
     version: str
 
 
-class ClassProbability(BaseModel):
+class ClassProbability(TypedDict):
     """One class with its calibrated probability."""
 
     label: str
     probability: Probability
 
 
-class HeatMap(BaseModel):
+class HeatMap(TypedDict):
     """Where in the picture the evidence for `label` lies.
 
     The head applied to every position before pooling: the mean of the raw maps plus the bias is the logit. Scaled so
@@ -39,34 +50,49 @@ class HeatMap(BaseModel):
     """
 
     label: str
-    values: list[list[Probability]] = Field(description="Rows from top to bottom, columns from left to right.")
+    values: Annotated[list[list[Probability]], Field(description="Rows from top to bottom, columns from left to right.")]
 
 
-class ItemError(BaseModel):
+class ItemError(TypedDict):
     """Why this image of a request of several was not classified."""
 
     code: str
     detail: str
 
 
-class Prediction(BaseModel):
+class Prediction(TypedDict):
     """The answer for one image. Either `error` is there, or everything else."""
 
-    index: int = Field(description="Position in the request, from 0.")
-    filename: str | None = Field(None, description="As sent in multipart/form-data.")
-    label: str | None = None
-    confidence: Probability | None = Field(None, description="Probability of `label`.")
-    in_distribution: bool | None = Field(None, description="False: the picture probably shows none of the classes.")
-    in_distribution_score: float | None = Field(
-        None, description="Below the threshold of the model's `out_of_distribution` rule (`/model`), `in_distribution` is false."
-    )
-    top_k: list[ClassProbability] | None = None
-    warnings: list[str] | None = None
-    heat_map: HeatMap | None = None
-    error: ItemError | None = None
+    index: Annotated[int, Field(description="Position in the request, from 0.")]
+    filename: NotRequired[Annotated[str, Field(description="As sent in multipart/form-data.")]]
+    label: NotRequired[str]
+    confidence: NotRequired[Annotated[Probability, Field(description="Probability of `label`.")]]
+    in_distribution: NotRequired[
+        Annotated[
+            bool, Field(description="False: the picture probably shows none of the classes. Absent: the model cannot tell.")
+        ]
+    ]
+    in_distribution_score: NotRequired[
+        Annotated[
+            float,
+            Field(description="Below the threshold of the model's `out_of_distribution` rule (`/model`) the flag is false."),
+        ]
+    ]
+    top_k: NotRequired[list[ClassProbability]]
+    warnings: NotRequired[list[str]]
+    heat_map: NotRequired[HeatMap]
+    error: NotRequired[ItemError]
 
 
-class ClassifyAnswer(BaseModel):
+def item_error(index: int, filename: str | None, error: ServiceError) -> Prediction:
+    """What stands in the place of an image that was not classified."""
+    prediction: Prediction = {"index": index, "error": {"code": error.code, "detail": error.detail}}
+    if filename is not None:
+        prediction["filename"] = filename
+    return prediction
+
+
+class ClassifyAnswer(TypedDict):
     """Predictions in the order sent."""
 
     model: ModelRef

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import itertools
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -17,6 +19,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
+from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -24,7 +27,7 @@ from app.api.problems import problem_response
 from app.engine.scheduler import Outcome
 from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.protection import Receive
-from app.schemas import ClassifyAnswer, ClassifyJson, ItemError, ModelRef, Prediction, Problem
+from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service
 from app.verdict import judge
 
@@ -162,35 +165,59 @@ async def answer(
     good = [upload.data for upload in uploads if upload.error is None]
     futures = service.scheduler.submit(good, explain=wanted.explain, timeout_s=timeout_s) if good else []
     leaving.add_done_callback(lambda _: [future.cancel() for future in futures])
-    results = iter(await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True))
+    await _all_done(futures)
     if leaving.done():
         return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
 
     predictions: list[Prediction] = []
     outcomes: list[Outcome] = []
     errors: list[ServiceError] = []
+    done = iter(futures)
     for index, upload in enumerate(uploads):
-        result = upload.error or next(results)
+        result = upload.error or _result(next(done))
         if isinstance(result, Outcome):
             outcomes.append(result)
             predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
             service.metrics.failures.labels(result.code).inc()
-            item_error = ItemError(code=result.code, detail=result.detail)
-            predictions.append(Prediction(index=index, filename=upload.filename, error=item_error))
+            predictions.append(item_error(index, upload.filename, result))
         else:
             raise result
     service.metrics.request_s.observe(time.monotonic() - begin)
     if not outcomes:
         return _all_failed(errors, predictions, request_id)
-    body = ClassifyAnswer(
-        model=ModelRef(name=service.metadata.name, version=service.metadata.version),
-        predictions=predictions,
-        request_id=request_id,
-    )
-    headers = {"Server-Timing": _server_timing(outcomes)}
-    return Response(body.model_dump_json(exclude_none=True), headers=headers, media_type="application/json")
+    body: ClassifyAnswer = {
+        "model": {"name": service.metadata.name, "version": service.metadata.version},
+        "predictions": predictions,
+        "request_id": request_id,
+    }
+    return Response(to_json(body), headers={"Server-Timing": _server_timing(outcomes)}, media_type="application/json")
+
+
+async def _all_done(futures: list[Future[Outcome]]) -> None:
+    """Waits for the engine's threads: one wake-up of the event loop a request, however many images it has."""
+    if not futures:
+        return
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    left = itertools.count(len(futures) - 1, -1)  # atomic: `next` on it is one step of the interpreter
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def one_done(_: Future[Outcome]) -> None:
+        if next(left) == 0:
+            loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(one_done)
+    await waiter
+
+
+def _result(future: Future[Outcome]) -> Outcome | BaseException:
+    return future.exception() or future.result()
 
 
 async def client_leaves(receive: Receive) -> None:
@@ -266,9 +293,5 @@ def _all_failed(errors: list[ServiceError], predictions: list[Prediction], reque
 
 def _server_timing(outcomes: list[Outcome]) -> str:
     """The slowest image's time in each stage, in milliseconds (W3C Server Timing)."""
-    stages = {
-        "decode": max(o.decode_s for o in outcomes),
-        "queue": max(o.queue_s for o in outcomes),
-        "infer": max(o.infer_s for o in outcomes),
-    }
-    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
+    decode_s, queue_s, infer_s = map(max, zip(*((o.decode_s, o.queue_s, o.infer_s) for o in outcomes), strict=True))
+    return f"decode;dur={decode_s * 1000:.2f}, queue;dur={queue_s * 1000:.2f}, infer;dur={infer_s * 1000:.2f}"
