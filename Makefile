@@ -35,13 +35,13 @@ evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
 export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that ships, the checkpoint, the model card
-	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --command 'make train PRESET=$(PRESET)'
+	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
 	mkdir -p releases/fast
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
 
-bench: .venv/.dev  ## Server against the in-process limit, side by side (about a minute)
-	$(BIN)/python benchmarks/serve.py
+bench: .venv/.dev  ## Server against the in-process limit, side by side (about three minutes)
+	$(BIN)/python -m benchmarks.serve
 
 docker:  ## Build the image
 	docker build -t convmixer-serve .

@@ -1,6 +1,6 @@
 """What happens to photos that were never 32 pixels wide: which resize rule, and which score tells "none of my classes".
 
-    python benchmarks/photos.py CHECKPOINT ARTIFACT PHOTOS [--data CIFAR10] [--output FILE.json]
+    python -m benchmarks.photos CHECKPOINT ARTIFACT PHOTOS [--data CIFAR10] [--output FILE.json]
 
 PHOTOS has one folder per class of the model, and `other/` with photos that show none of them. Every photo goes through
 the service's own decoder, once per resize rule. For each rule: accuracy on the photos of the classes, and how well each

@@ -1,19 +1,21 @@
-"""The server against the in-process limit: the same model, images and cores, with and without HTTP.
+"""The server against the same work without HTTP, in one run: `make bench`.
 
-    python benchmarks/serve.py [--seconds 3] [--rounds 3]
+    python -m benchmarks.serve [--seconds 3] [--rounds 3] [--output FILE.json] [--plot FILE.png]
 
-The limit is everything but HTTP: as many threads as cores, each decoding and classifying one image after another with one
-shared session. Rounds alternate limit and server, so a noisy neighbour hits both. The clients are a second process that
-writes prepared requests to sockets and checks every answer's status; they share the cores with the server, so its figures
-are a lower bound.
+Two limits, measured in this process, decoding included: one image after another on every core (what a lone client could
+get), and as many threads as cores, each with its own image (what many clients could share). Rounds alternate limits and
+server, so a noisy neighbour hits both; medians and ranges are printed. Then requests of many images, overload (requests
+at a steady rate of 2 and 10 times the measured capacity, each with a deadline of 250 ms), start, and memory.
+
+Clients run in a process of their own on the same cores, so the server's figures are a lower bound. Every answer's label
+is compared with the one given in process.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import base64
 import json
-import multiprocessing
 import platform
 import re
 import statistics
@@ -22,7 +24,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -31,126 +35,230 @@ from app.engine.artifact import read_verified
 from app.engine.session import Session, available_cores
 from app.images import DecodeLimits, decode_image
 from app.settings import Settings
+from benchmarks.clients import Request, Tally, closed_loop, open_loop, prepare
 
-CONCURRENCIES = (1, 8, 32)
+CLIENTS = (1, 8, 32, 128)
+MANY_IMAGES = 64
+OVERLOADS = (2, 10)
+DEADLINE_MS = 250
 REPOSITORY = Path(__file__).parent.parent
+PHOTOS = REPOSITORY / "tests" / "data" / "cifar10"
 
 
-def measure_limit(bodies: list[bytes], seconds: float, threads: int) -> float:
-    """Images a second without HTTP."""
-    settings = Settings.load()
-    session = Session(read_verified(settings.artifact_path()), "cpu")
-    limits = DecodeLimits(settings.max_pixels, settings.max_side)
-    counts = [0] * threads
-    end = time.perf_counter() + seconds
+class Limit:
+    """The service's work without HTTP."""
 
-    def work(index: int) -> None:
-        while time.perf_counter() < end:
-            body = bodies[(counts[index] * threads + index) % len(bodies)]
-            session.infer(decode_image(body, session.metadata.resize, limits).pixels[np.newaxis])
-            counts[index] += 1
+    def __init__(self, bodies: list[bytes], cores: int) -> None:
+        settings = Settings.load()
+        self.bodies, self.cores = bodies, cores
+        self.session = Session(read_verified(settings.artifact_path()), "cpu", lone_threads=cores)
+        self.decode_limits = DecodeLimits(settings.max_pixels, settings.max_side)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    begin = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(counts) / (time.perf_counter() - begin)
+    def label(self, body: bytes, *, alone: bool = False) -> str:
+        """Top class of one encoded image."""
+        pixels = decode_image(body, self.session.metadata.resize, self.decode_limits).pixels
+        return self.session.metadata.classes[int(self.session.infer(pixels[np.newaxis], alone=alone).argmax())]
 
-
-def measure_server(port: int, bodies: list[bytes], seconds: float, clients: int) -> tuple[float, float]:
-    """(images a second, 99th percentile of latency in ms) over HTTP, from a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[tuple[float, float]] = context.Queue()
-    process = context.Process(target=_run_clients, args=(port, bodies, seconds, clients, results))
-    process.start()
-    result = results.get(timeout=seconds + 60)
-    process.join()
-    return result
-
-
-def _run_clients(
-    port: int, bodies: list[bytes], seconds: float, clients: int, results: multiprocessing.Queue[tuple[float, float]]
-) -> None:
-    import uvloop
-
-    head = "POST /classify HTTP/1.1\r\nHost: bench\r\nContent-Type: image/webp\r\nContent-Length: {}\r\n\r\n"
-    requests = [head.format(len(body)).encode() + body for body in bodies]
-    latencies: list[float] = []
-
-    async def one_client(number: int, end: float) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        turn = number
-        while (begin := time.perf_counter()) < end:
-            writer.write(requests[turn % len(requests)])
-            header = await reader.readuntil(b"\r\n\r\n")
-            length = re.search(rb"content-length: (\d+)", header)
-            if not header.startswith(b"HTTP/1.1 200") or not length:
-                raise RuntimeError(f"the server answered {header.decode()}")
-            await reader.readexactly(int(length[1]))
-            latencies.append(time.perf_counter() - begin)
-            turn += clients
-        writer.close()
-
-    async def all_clients() -> float:
+    def rate(self, threads: int, seconds: float) -> float:
+        """Images a second: one thread uses every core for each image, several one each."""
+        counts = [0] * threads
         begin = time.perf_counter()
-        await asyncio.gather(*(one_client(i, begin + seconds) for i in range(clients)))
-        return time.perf_counter() - begin
 
-    elapsed = uvloop.run(all_clients())
-    results.put((len(latencies) / elapsed, float(np.percentile(latencies, 99)) * 1000))
+        def work(index: int) -> None:
+            while time.perf_counter() - begin < seconds:
+                body = self.bodies[(counts[index] * threads + index) % len(self.bodies)]
+                self.label(body, alone=threads == 1)
+                counts[index] += 1
+
+        workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return sum(counts) / (time.perf_counter() - begin)
 
 
-def start_server() -> tuple[subprocess.Popen[str], int]:
-    """The real server on a free port: (process, port)."""
-    command = [sys.executable, "-m", "app.cli", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    assert process.stderr
-    for line in process.stderr:
-        if found := re.search(r"running on http://[\d.]+:(\d+)", line):
-            return process, int(found[1])
-    raise RuntimeError("the server did not start")
+@dataclass(frozen=True)
+class Server:
+    """The real server as a process on a free port."""
+
+    process: subprocess.Popen[str]
+    port: int
+    start_s: float
+
+    @classmethod
+    def start(cls, first: Request) -> Server:
+        """Starts it; `start_s` ends with the first right answer."""
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "app.cli", "serve", "--port", "0"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        assert process.stderr
+        for line in process.stderr:
+            if found := re.search(r"running on http://[\d.]+:(\d+)", line):
+                port = int(found[1])
+                break
+        else:
+            raise RuntimeError("the server did not start")
+        ready = time.perf_counter() - begin
+        tally = closed_loop(port, [first], 1, 0.01)
+        if not tally.right:
+            raise RuntimeError("the first answer was wrong")
+        return cls(process, port, ready + tally.right[0])
+
+    def memory_mib(self) -> float:
+        """Resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        return int(found[1]) / 1024 if found else float("nan")
+
+    def stop(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.communicate()
 
 
 def main() -> None:
-    """Prints a table and, with --output, writes the same as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Measures, prints, and on request writes JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3, help="length of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind; the median counts")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--plot", type=Path, help="PNG file")
     options = parser.parse_args()
 
-    bodies = [path.read_bytes() for path in sorted((REPOSITORY / "tests" / "data" / "cifar10").glob("*/*.webp"))]
+    bodies = [path.read_bytes() for path in sorted(PHOTOS.glob("*/*.webp"))]
     cores = available_cores()
-    process, port = start_server()
-    rows: dict[str, list[float]] = {}
-    p99: dict[int, list[float]] = {}
+    limit = Limit(bodies, cores)
+    labels = [limit.label(body) for body in bodies]
+    single = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
+    server = Server.start(single[0])
+    print(f"{_processor()}, {cores} cores; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
+    rates: dict[str, list[float]] = {}
+    p99_ms: dict[int, list[float]] = {}
+    overload: list[dict[str, Any]] = []
 
     def record(name: str, measure: Callable[[], float]) -> None:
-        rows.setdefault(name, []).append(measure())
+        rates.setdefault(name, []).append(measure())
+
+    def over_http(requests: list[Request], clients: int) -> float:
+        tally = closed_loop(server.port, requests, clients, options.seconds)
+        _require_right(tally)
+        if requests is single:
+            p99_ms.setdefault(clients, []).append(float(np.percentile(tally.right, 99)) * 1000)
+        return len(tally.right) * requests[0].images / tally.seconds
 
     try:
-        measure_server(port, bodies, 1, 8)
+        closed_loop(server.port, single, 8, 1)
         for _ in range(options.rounds):
-            record("in process", lambda: measure_limit(bodies, options.seconds, cores))
-            for clients in CONCURRENCIES:
-                rate, latency = measure_server(port, bodies, options.seconds, clients)
-                rows.setdefault(f"HTTP, {clients} clients", []).append(rate)
-                p99.setdefault(clients, []).append(latency)
+            record("in process, one by one on every core", lambda: limit.rate(1, options.seconds))
+            record("in process, one a core", lambda: limit.rate(cores, options.seconds))
+            for clients in CLIENTS:
+                record(_name(clients), lambda clients=clients: over_http(single, clients))  # type: ignore[misc]
+            for kind, many in _requests_of_many(bodies, labels).items():
+                record(f"HTTP, {MANY_IMAGES} images a request, {kind}", lambda many=many: over_http(many, 2))  # type: ignore[misc]
+        capacity = max(statistics.median(rates[_name(clients)]) for clients in CLIENTS)
+        overload = [_measure_overload(server.port, bodies, labels, capacity, factor, options.seconds) for factor in OVERLOADS]
+        memory_mib = server.memory_mib()
     finally:
-        process.terminate()
-        process.communicate()
+        server.stop()
+    starts_s = [server.start_s]
+    for _ in range(options.rounds - 1):
+        again = Server.start(single[0])
+        again.stop()
+        starts_s.append(again.start_s)
 
-    print(f"{_processor()}, {cores} cores, Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
-    limit = statistics.median(rows["in process"])
-    for name, rates in rows.items():
-        rate = statistics.median(rates)
-        print(f"{name:18} {rate:8.0f} images/s ({min(rates):.0f}-{max(rates):.0f})   {rate / limit:5.2f} of the limit")
-    for clients, values in p99.items():
-        print(f"p99 at {clients:3} clients {statistics.median(values):8.1f} ms")
+    results = {
+        "processor": _processor(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+        "images_s": rates,
+        "p99_ms": p99_ms,
+        "overload": overload,
+        "memory_mib": memory_mib,
+        "start_s": starts_s,
+    }
+    _print(results)
     if options.output:
-        options.output.write_text(json.dumps({"images_per_second": rows, "p99_ms": p99}, indent=2) + "\n")
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    if options.plot:
+        _draw(results, options.plot)
+
+
+def _requests_of_many(bodies: list[bytes], labels: list[str]) -> dict[str, list[Request]]:
+    chosen = bodies[:MANY_IMAGES]
+    parts = b"".join(
+        b'--bench\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n' + body + b"\r\n" for body in chosen
+    )
+    encoded = json.dumps({"images": [base64.b64encode(body).decode() for body in chosen]}).encode()
+    return {
+        "multipart": [prepare(parts + b"--bench--\r\n", "multipart/form-data; boundary=bench", labels[0], images=MANY_IMAGES)],
+        "JSON": [prepare(encoded, "application/json", labels[0], images=MANY_IMAGES)],
+    }
+
+
+def _measure_overload(
+    port: int, bodies: list[bytes], labels: list[str], capacity: float, factor: float, seconds: float
+) -> dict[str, Any]:
+    requests = [prepare(body, "image/webp", label, deadline_ms=DEADLINE_MS) for body, label in zip(bodies, labels, strict=True)]
+    tally = open_loop(port, requests, factor * capacity, max(seconds, 5))
+    _require_right(tally)
+    in_time = sum(latency <= DEADLINE_MS / 1000 for latency in tally.right)
+    return {
+        "factor": factor,
+        "sent_s": tally.sent / tally.seconds,
+        "goodput": in_time / tally.seconds / capacity,
+        "refused": len(tally.refused),
+        "refusal_p50_ms": float(np.median(tally.refused)) * 1000 if tally.refused else None,
+        "refusal_p99_ms": float(np.percentile(tally.refused, 99)) * 1000 if tally.refused else None,
+        "accounted": len(tally.right) + len(tally.refused) == tally.sent,
+    }
+
+
+def _require_right(tally: Tally) -> None:
+    if tally.wrong or tally.unanswered:
+        raise RuntimeError(f"{tally.wrong} wrong answers, {tally.unanswered} requests without one, of {tally.sent}")
+
+
+def _name(clients: int) -> str:
+    return f"HTTP, {clients} client{'s' if clients > 1 else ''}"
+
+
+def _limit_of(name: str, medians: dict[str, float]) -> float:
+    return medians["in process, one by one on every core" if name == _name(1) else "in process, one a core"]
+
+
+def _print(results: dict[str, Any]) -> None:
+    medians = {name: statistics.median(values) for name, values in results["images_s"].items()}
+    for name, values in results["images_s"].items():
+        share = "" if name.startswith("in process") else f"   {medians[name] / _limit_of(name, medians):5.2f} of the limit"
+        print(f"{name:40} {medians[name]:8.0f} images/s ({min(values):.0f}-{max(values):.0f}){share}")
+    for clients, values in results["p99_ms"].items():
+        print(f"p99 at {clients:3} clients {statistics.median(values):8.1f} ms")
+    for row in results["overload"]:
+        refusals = (
+            f"refused in {row['refusal_p50_ms']:.1f} ms (p99 {row['refusal_p99_ms']:.1f})" if row["refused"] else "none refused"
+        )
+        print(f"{row['factor']:2} x capacity: {row['goodput']:.2f} of it answered within {DEADLINE_MS} ms, {refusals}")
+    print(f"memory {results['memory_mib']:.0f} MiB; start to first right answer {statistics.median(results['start_s']):.2f} s")
+
+
+def _draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    medians = {name: statistics.median(values) for name, values in results["images_s"].items()}
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    names = list(reversed(medians))
+    colours = ["#94a3b8" if name.startswith("in process") else "#2563eb" for name in names]
+    axes.barh(names, [medians[name] for name in names], color=colours)
+    for position, name in enumerate(names):
+        axes.text(medians[name], position, f" {medians[name]:.0f}", va="center", fontsize=8)
+    axes.set(xlabel="images a second", title=f"{results['processor']}, {results['cores']} cores")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def _processor() -> str:

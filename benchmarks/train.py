@@ -1,6 +1,6 @@
 """Our training step against the step of a usual script: the same network, batch size and augmentation, in one run.
 
-    python benchmarks/train.py [--set model.hidden_dim=256] [--rounds 3] [--output FILE.json]
+    python -m benchmarks.train [--set model.hidden_dim=256] [--rounds 3] [--output FILE.json]
 
 The usual script is what most tutorials have: float32, a DataLoader that opens each image with PIL and runs torchvision
 transforms on it, AdamW, nothing else. Ours is the real loop of training/train.py, timed between its own epoch marks, so

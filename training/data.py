@@ -113,7 +113,7 @@ def _load_folder(folder: Path, image_size: int) -> ImageSet:
     if empty:
         raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")
     images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
-    for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False)):
+    for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
         images[index] = torch.from_numpy(_read_image(path, image_size)).permute(2, 0, 1)
     return ImageSet(images, torch.tensor([label for _, label in files]), classes)
 

@@ -60,5 +60,7 @@ def compute_logits(
     """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
     model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
-    batches = tqdm(data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=not progress)
+    batches = tqdm(
+        data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
+    )
     return torch.cat([model(normalize(b).to(device, memory_format=torch.channels_last)).float().cpu() for b in batches])

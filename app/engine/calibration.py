@@ -22,6 +22,9 @@ _LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 _WORTH_IT = 1.03
 """A larger batch must be this much faster an image: it makes everyone in it wait for the others."""
 
+_CLEARLY_FASTER = 1.25
+"""Fewer workers must be this much faster: a start beside other work must not halve the service for its whole life."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -96,7 +99,7 @@ def _best_workers(images_s: dict[int, float]) -> int:
     """The most, unless fewer are clearly faster: others decode while one is busy with a large picture."""
     best = max(images_s)
     for count in sorted(images_s, reverse=True):
-        if images_s[count] > _WORTH_IT * images_s[best]:
+        if images_s[count] > _CLEARLY_FASTER * images_s[best]:
             best = count
     return best
 
