@@ -28,7 +28,7 @@ format: .venv/.dev  ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: .venv/.dev  ## Train; PRESET=cpu|small|paper|reference DATA=folder RUN=folder INIT=checkpoint, resumes what RUN holds
+train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint, resumes what RUN holds
 	$(BIN)/convmixer-train train --preset $(PRESET) --output $(RUN) $(DATA_OPTION) $(if $(INIT),--init $(INIT)) $(if $(wildcard $(RUN)/last.safetensors),--resume)
 
 evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
