@@ -36,7 +36,7 @@ def test_paper_is_the_papers_network() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'tiny'; known: cpu, small, paper, reference"):
+    with pytest.raises(ConfigError, match="unknown preset 'tiny'; known: cpu, cpu-2, small, "):
         get_preset("tiny")
 
 
