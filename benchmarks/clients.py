@@ -11,10 +11,12 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _SUCCESS = b"HTTP/1.1 200"
 _REFUSED = b"HTTP/1.1 503"
+_LATE = b"HTTP/1.1 504"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Tally:
         sent: requests written.
         right: seconds from writing to the answer, of right answers.
         refused: the same, of 503s.
+        late: 504s, accepted and then dropped because their deadline passed.
         wrong: anything else, and answers that do not contain what was expected.
         unanswered: requests without an answer when the measurement ended.
         seconds: length of the measurement.
@@ -48,6 +51,7 @@ class Tally:
     sent: int = 0
     right: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
+    late: int = 0
     wrong: int = 0
     unanswered: int = 0
     seconds: float = 0.0
@@ -83,8 +87,7 @@ class _Connection(asyncio.Protocol):
         self.begin = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self.transport = transport
+        self.transport = cast("asyncio.WriteTransport", transport)  # uvloop's says it is none
 
     def send(self, request: Request) -> None:
         assert self.transport
@@ -105,6 +108,8 @@ class _Connection(asyncio.Protocol):
             self.tally.right.append(elapsed)
         elif head.startswith(_REFUSED):
             self.tally.refused.append(elapsed)
+        elif head.startswith(_LATE):
+            self.tally.late += 1
         else:
             self.tally.wrong += 1
         self.buffer, self.request = b"", None

@@ -209,9 +209,10 @@ def _measure_overload(
         "sent_s": tally.sent / tally.seconds,
         "goodput": in_time / tally.seconds / capacity,
         "refused": len(tally.refused),
+        "late": tally.late,
         "refusal_p50_ms": float(np.median(tally.refused)) * 1000 if tally.refused else None,
         "refusal_p99_ms": float(np.percentile(tally.refused, 99)) * 1000 if tally.refused else None,
-        "accounted": len(tally.right) + len(tally.refused) == tally.sent,
+        "accounted": len(tally.right) + len(tally.refused) + tally.late == tally.sent,
     }
 
 
@@ -239,7 +240,10 @@ def _print(results: dict[str, Any]) -> None:
         refusals = (
             f"refused in {row['refusal_p50_ms']:.1f} ms (p99 {row['refusal_p99_ms']:.1f})" if row["refused"] else "none refused"
         )
-        print(f"{row['factor']:2} x capacity: {row['goodput']:.2f} of it answered within {DEADLINE_MS} ms, {refusals}")
+        print(
+            f"{row['factor']:2} x capacity: {row['goodput']:.2f} of it answered within {DEADLINE_MS} ms, "
+            f"{refusals}, {row['late']} late"
+        )
     print(f"memory {results['memory_mib']:.0f} MiB; start to first right answer {statistics.median(results['start_s']):.2f} s")
 
 
