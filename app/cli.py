@@ -42,9 +42,8 @@ def serve(
     model: ModelOption = None,
 ) -> None:
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
-    import uvicorn
-
     from app.main import create_app
+    from app.server import run
     from app.telemetry import configure_logging
 
     settings = _settings(host=host, port=port, model=model)
@@ -54,17 +53,7 @@ def serve(
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        access_log=False,
-        server_header=False,
-        log_config=None,
-        timeout_graceful_shutdown=settings.drain_timeout_s,
-    )
+    run(create_app(settings), settings)
 
 
 @app.command()

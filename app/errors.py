@@ -87,8 +87,15 @@ class InvalidParameter(ServiceError):
     code = "invalid_parameter"
 
 
+class HeadersTooLarge(ServiceError):
+    """More or longer headers than the server takes."""
+
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+    code = "headers_too_large"
+
+
 class ReceiveTimeout(ServiceError):
-    """The body did not arrive within `CONVMIXER_RECEIVE_TIMEOUT_S`."""
+    """The request did not arrive within `CONVMIXER_RECEIVE_TIMEOUT_S`."""
 
     status = HTTPStatus.REQUEST_TIMEOUT
     code = "receive_timeout"

@@ -11,9 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from app import __version__
 from app.api import classify, health, problems
-from app.api.raw import RawBodyFastPath
 from app.errors import StartupError
-from app.protection import App, RequestGuard
+from app.protection import App, RequestGuard, Scope
 from app.service import Service
 from app.settings import Settings
 
@@ -21,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> App:
-    """Builds the application: guards, then the short way for one raw image, then FastAPI.
+    """Builds the application: FastAPI behind the guard.
 
-    Both stand outside of FastAPI and not among its middleware, because its own entrance costs more than they do.
+    The guard stands outside of FastAPI and not among its middleware, because its own entrance costs more than the guard.
 
     Args:
         settings: None reads the environment.
@@ -34,14 +33,13 @@ def create_app(settings: Settings | None = None) -> App:
     settings = settings or Settings.load()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
         try:
             service = Service(settings)
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
-        app.state.service = service
-        yield
+        yield {"service": service}
         await run_in_threadpool(service.close)
 
     app = FastAPI(
@@ -54,16 +52,10 @@ def create_app(settings: Settings | None = None) -> App:
     app.include_router(classify.router)
     app.include_router(health.router)
     problems.install(app)
-    return RequestGuard(
-        RawBodyFastPath(app, service=lambda: app.state.service),
-        max_body_bytes=settings.max_body_bytes,
-        receive_timeout_s=settings.receive_timeout_s,
-        answer_failure=problems.answer_failure,
-        on_response=lambda path, status: _count(app, path, status),
-    )
+    return RequestGuard(app, max_body_bytes=settings.max_body_bytes, answer_failure=problems.answer_failure, on_response=_count)
 
 
-def _count(app: FastAPI, path: str, status: int) -> None:
-    if path == "/classify":
-        service: Service = app.state.service
+def _count(scope: Scope, status: int) -> None:
+    if scope["path"] == "/classify":
+        service: Service = scope["state"]["service"]
         service.metrics.requests.labels(str(status)).inc()

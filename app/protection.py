@@ -1,19 +1,17 @@
-"""Pure-ASGI guards in front of every route: request id, body size, time for the body to arrive.
+"""A pure-ASGI guard in front of every route: request id, body size.
 
-Not a BaseHTTPMiddleware: that costs more than a whole route. The limits are enforced while bytes stream in, so also for
-chunked bodies without Content-Length.
+Not a BaseHTTPMiddleware: that costs more than a whole route. The size is checked while bytes stream in, so also for
+chunked bodies without Content-Length. How long they may take is the server's business (`app.server`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from app.errors import BodyTooLarge, ReceiveTimeout, ServiceError
+from app.errors import BodyTooLarge, ServiceError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -22,6 +20,11 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+def choose_request_id(sent: bytes) -> str:
+    """The client's own `X-Request-ID` if it is short and plain, else a new one."""
+    return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
 
 
 class RequestGuard:
@@ -33,9 +36,8 @@ class RequestGuard:
     Args:
         app: the application.
         max_body_bytes: largest body.
-        receive_timeout_s: seconds from the first to the last byte of a body.
         answer_failure: answers a ServiceError raised before or while the body arrived.
-        on_response: told path and status of every answer, for metrics.
+        on_response: told scope and status of every answer, for metrics.
     """
 
     def __init__(
@@ -43,13 +45,11 @@ class RequestGuard:
         app: App,
         *,
         max_body_bytes: int,
-        receive_timeout_s: float,
         answer_failure: Callable[[Scope, ServiceError, Send], Awaitable[None]],
-        on_response: Callable[[str, int], None],
+        on_response: Callable[[Scope, int], None],
     ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
-        self.receive_timeout_s = receive_timeout_s
         self.answer_failure = answer_failure
         self.on_response = on_response
 
@@ -59,8 +59,7 @@ class RequestGuard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        sent_id = headers.get(b"x-request-id", b"")
-        request_id = sent_id.decode() if _REQUEST_ID.fullmatch(sent_id) else f"{random.getrandbits(128):032x}"
+        request_id = choose_request_id(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -68,27 +67,17 @@ class RequestGuard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self.on_response(scope["path"], message["status"])
+                self.on_response(scope, message["status"])
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         limit = self.max_body_bytes
-        received, body_ended = 0, False
-        deadline = time.monotonic() + self.receive_timeout_s
+        received = 0
 
         async def receive_within_limits() -> Message:
-            nonlocal received, body_ended
-            if body_ended:
-                return await receive()  # waits for the client to leave
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    message = await receive()
-            except TimeoutError as error:
-                raise ReceiveTimeout(
-                    f"the body did not arrive within {self.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
-                ) from error
+            nonlocal received
+            message = await receive()
             received += len(message.get("body", b""))
-            body_ended = not message.get("more_body", False)
             if received > limit:
                 raise BodyTooLarge(
                     f"the body has more than {limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"

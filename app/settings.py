@@ -42,11 +42,14 @@ class Settings(BaseSettings):
     max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: measured at start.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
+    max_connections: int = Field(
+        1024, ge=1, description="Open connections at most; a new one then takes the place of the one that waits longest."
+    )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes.")
     max_images: int = Field(128, ge=1, description="Most images in one request.")
     max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image, checked before decoding.")
     max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")
-    receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request body to arrive, in seconds.")
+    receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
     drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
 

@@ -23,7 +23,7 @@ from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.problems import problem_response
+from app.api.problems import CLIENT_LEFT, problem_response
 from app.engine.scheduler import Outcome
 from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.protection import Receive
@@ -34,10 +34,6 @@ from app.verdict import judge
 router = APIRouter()
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
-
-
-CLIENT_LEFT = 499
-"""No status of HTTP, but nginx's for a client that closed its connection before the answer."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ async def classify(
     Predictions come in the order sent. In a request of several images a bad one has `error` in its place and the others
     are answered; if all are bad, the request fails.
     """
-    service: Service = request.app.state.service
+    service: Service = request.state.service
     begin = time.monotonic()
     uploads = await _read_uploads(request, service.settings.max_images)
     wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
@@ -192,7 +188,7 @@ async def answer(
         "predictions": predictions,
         "request_id": request_id,
     }
-    return Response(to_json(body), headers={"Server-Timing": _server_timing(outcomes)}, media_type="application/json")
+    return Response(to_json(body), headers={"Server-Timing": server_timing(outcomes)}, media_type="application/json")
 
 
 async def _all_done(futures: list[Future[Outcome]]) -> None:
@@ -291,7 +287,11 @@ def _all_failed(errors: list[ServiceError], predictions: list[Prediction], reque
     return problem_response(summary, request_id, predictions)
 
 
-def _server_timing(outcomes: list[Outcome]) -> str:
-    """The slowest image's time in each stage, in milliseconds (W3C Server Timing)."""
+def server_timing(outcomes: list[Outcome]) -> str:
+    """The slowest image's time in each stage, in milliseconds (W3C Server Timing).
+
+    Args:
+        outcomes: of one request, at least one.
+    """
     decode_s, queue_s, infer_s = map(max, zip(*((o.decode_s, o.queue_s, o.infer_s) for o in outcomes), strict=True))
     return f"decode;dur={decode_s * 1000:.2f}, queue;dur={queue_s * 1000:.2f}, infer;dur={infer_s * 1000:.2f}"

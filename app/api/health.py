@@ -62,7 +62,7 @@ async def root() -> Response:
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+    service: Service = request.state.service
     return service
 
 

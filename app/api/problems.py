@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from app.errors import ServiceError
 from app.protection import Send
@@ -18,6 +19,9 @@ from app.schemas import Prediction, Problem
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
+
+CLIENT_LEFT = 499
+"""No status of HTTP, but nginx's for a client that closed its connection before the answer."""
 
 
 def problem_response(error: ServiceError, request_id: str, predictions: list[Prediction] | None = None) -> Response:
@@ -61,6 +65,10 @@ def install(app: FastAPI) -> None:
         status = HTTPStatus(error.status_code)
         code = status.phrase.lower().replace(" ", "_")
         return _respond(status, code, str(error.detail), request.state.request_id, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def client_left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:

@@ -1,0 +1,445 @@
+"""The HTTP/1.1 server: uvicorn's, with the deadlines and caps it lacks, and the shortest way to an answer.
+
+uvicorn waits for ever for the rest of a header or a body and takes headers of any size. `Protocol` adds: one deadline
+from a request's first byte to its last, a cap on its headers, a cap on connections, an end for clients that do not read
+their answers. Failures found here are problem documents like all others.
+
+One image as the raw body of `POST /classify` is answered without ASGI: a task, a route and their messages cost more
+than everything else the service adds to decoding and inference. Whatever is unusual about a request (another body, a
+chunked one, a parameter out of range) goes to the documented route, which knows what to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import socket
+import struct
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, cast
+
+import uvicorn
+from pydantic_core import to_json
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from app.api.classify import RAW_TYPES, Wanted, server_timing
+from app.api.problems import CLIENT_LEFT, defect_response, problem_response
+from app.engine.scheduler import Outcome
+from app.errors import DeadlineExceeded, HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.protection import choose_request_id
+from app.settings import Settings
+from app.verdict import judge
+
+if TYPE_CHECKING:
+    from fastapi.responses import Response
+
+    from app.protection import App
+    from app.service import Service
+
+MAX_HEADER_BYTES = 32 * 1024
+MAX_HEADERS = 100
+MAX_PIPELINED = 32
+"""Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
+
+_STARTUP_FAILURE = 3
+"""Exit code, as uvicorn's own."""
+
+_RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
+_FLAGS = {b"true": True, b"false": False}
+_MAX_DIGITS = 3
+"""Longer numbers are the route's business."""
+_UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding"))
+
+
+def run(app: App, settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT; open requests are finished first.
+
+    Args:
+        app: the ASGI application; its lifespan puts the running service into `state["service"]`.
+        settings: address, limits and timeouts.
+    """
+    _allow_open_files(settings.max_connections)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=Protocol,
+        ws="none",
+        access_log=False,
+        server_header=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+    server = _Server(config)
+    server.run()
+    if not server.started:
+        raise SystemExit(_STARTUP_FAILURE)
+
+
+class _Server(uvicorn.Server):
+    """Ends what passed its deadline, twice a second: cheaper than a timer for each request."""
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 5 == 0:  # uvicorn ticks ten times a second
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                cast("Protocol", connection).enforce_deadlines(now)
+        return await super().on_tick(counter)
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raises the soft limit of open files: at the usual 1,024 the listening socket would fail before our own cap."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # not allowed: then the lower limit stands
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+class Protocol(HttpToolsProtocol):
+    """One connection.
+
+    Attributes:
+        receive_by: time.monotonic() at which the request that is arriving must be complete; None while none is.
+        active: time.monotonic() at which something last arrived.
+    """
+
+    def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.service: Service = app_state["service"]
+        self.settings = self.service.settings
+        self.receive_by: float | None = None
+        self.active = time.monotonic()
+        self._raw: RawImageRequest | None = None
+        self._running: RequestResponseCycle | None = None
+        self._in_headers = True
+        self._header_bytes = 0
+        self._deaf = False
+        self._stuck_since: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected (asyncio)."""
+        full = len(self.connections) >= self.settings.max_connections
+        super().connection_made(transport)
+        self.receive_by = self.active + self.settings.receive_timeout_s
+        if full and not _make_room(cast("set[Protocol]", self.connections), self):
+            limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
+            self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left, or was cut off (asyncio)."""
+        self._stop_running()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have arrived (asyncio)."""
+        if self._deaf:
+            return
+        self.active = time.monotonic()
+        if self.receive_by is None:
+            self.receive_by = self.active + self.settings.receive_timeout_s
+        if self._in_headers:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
+
+    def on_message_begin(self) -> None:
+        """A request's first byte (httptools, as those below)."""
+        super().on_message_begin()
+        self._in_headers = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
+
+    def on_headers_complete(self) -> None:
+        """All headers: decides which way the request goes."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refuse(Overloaded(f"more than {MAX_PIPELINED} requests wait on this connection", retry_after_s=1))
+        if self._deaf:
+            return
+        self._in_headers, self._header_bytes = False, 0
+        self._raw = self._raw_image() if self.cycle is None or self.cycle.response_complete else None
+        if self._raw:
+            self.cycle = self._raw  # type: ignore[assignment]
+        else:
+            super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
+        if self._deaf:
+            return
+        if self._raw:
+            self._raw.body.append(body)
+        elif self.cycle is not None:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A request's last byte."""
+        if self._deaf:
+            return
+        self.receive_by, self._in_headers = None, True
+        if self.cycle is not None:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Uvicorn's hook for bytes that are no HTTP."""
+        self._refuse(MalformedRequest("the bytes received are no valid HTTP/1.1 request"))
+
+    def enforce_deadlines(self, now: float) -> None:
+        """Ends the connection if its request should have arrived by now, or if its client does not read.
+
+        Args:
+            now: time.monotonic().
+        """
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self._stuck_since = self._stuck_since or now
+            if now - self._stuck_since > self.settings.receive_timeout_s:
+                self._cut_off()
+        else:
+            self._stuck_since = None
+        if self.receive_by is None or now <= self.receive_by or self.transport.is_closing():
+            return
+        if self._in_headers and not self._header_bytes:
+            self.transport.close()  # nothing was asked
+        else:
+            timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
+            self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))
+
+    def _stop_running(self) -> None:
+        """Tells the application that its client has left; uvicorn tells only the request that came last."""
+        self.pipeline.clear()
+        if self._running:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.flow.resume_writing()
+
+    def _cut_off(self) -> None:
+        """Closes at once, what was not sent is lost: else the kernel would keep it for minutes, waiting to be read."""
+        self._stop_running()
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Ends the connection with this answer, or with the answers to earlier requests; what else comes is not read."""
+        if self._deaf or self.transport.is_closing():
+            return
+        self._deaf, self.receive_by = True, None
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and self._in_headers:
+            cycle.keep_alive = False  # closes when the earlier requests have their answers
+        elif self._raw and not self._raw.response_complete:
+            self._raw.fail(error, keep_alive=False)
+        else:
+            if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+                request_id = choose_request_id(b"")
+                self.write(problem_response(error, request_id), request_id, keep_alive=False)
+            self.transport.close()
+
+    def write(self, response: Response, request_id: str, *, keep_alive: bool) -> None:
+        """Sends a whole answer.
+
+        Args:
+            response: status, headers and body.
+            request_id: for the header.
+            keep_alive: whether the client may send another request.
+        """
+        parts = [STATUS_LINE[response.status_code]]
+        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", request_id.encode())]
+        parts += [b"%s: %s\r\n" % (name, value) for name, value in headers]
+        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        parts.append(bytes(response.body))
+        self.transport.write(b"".join(parts))
+
+    def _raw_image(self) -> RawImageRequest | None:
+        """The request as one raw image with simple parameters, or None if it is something else."""
+        path, _, query = self.url.partition(b"?")
+        if path != b"/classify" or self.parser.get_method() != b"POST" or self.flow.write_paused:
+            return None
+        length, is_raw, deadline_ms, request_id = -1, False, self.settings.deadline_ms, b""
+        for name, value in self.headers:
+            if name == b"content-type":
+                is_raw = value in _RAW_TYPES
+            elif name == b"content-length":
+                length = int(value) if value.isdigit() else -1
+            elif name == b"x-request-id":
+                request_id = value
+            elif name == b"x-deadline-ms":
+                if not value.isdigit() or len(value) > 7 or not 0 < int(value) <= 3_600_000:
+                    return None
+                deadline_ms = int(value)
+            elif name in _UNUSUAL:
+                return None
+        if not is_raw or not 0 < length <= self.settings.max_body_bytes:
+            return None
+        wanted = _wanted(query, deadline_ms)
+        if wanted is None:
+            return None
+        return RawImageRequest(self, wanted, choose_request_id(request_id), self.parser.should_keep_alive())
+
+
+class RawImageRequest:
+    """One image as the raw body of `POST /classify`; stands where uvicorn has its RequestResponseCycle.
+
+    uvicorn tells a cycle what happens through attributes and an event; the event here is the object itself.
+
+    Args:
+        protocol: the connection.
+        wanted: the request's parameters.
+        request_id: for the answer.
+        keep_alive: whether the client may send another request.
+    """
+
+    __slots__ = (
+        "begin",
+        "body",
+        "disconnected",
+        "future",
+        "keep_alive",
+        "message_event",
+        "more_body",
+        "protocol",
+        "request_id",
+        "response_complete",
+        "response_started",
+        "wanted",
+    )
+
+    def __init__(self, protocol: Protocol, wanted: Wanted, request_id: str, keep_alive: bool) -> None:
+        self.protocol, self.wanted, self.request_id, self.keep_alive = protocol, wanted, request_id, keep_alive
+        self.begin = protocol.active
+        self.body: list[bytes] = []
+        self.more_body, self.disconnected = True, False
+        self.response_started = self.response_complete = False
+        self.future: Future[Outcome] | None = None
+        self.message_event = self
+
+    def set(self) -> None:
+        """The body is complete, or the client has left."""
+        if self.disconnected:
+            if self.future:
+                self.future.cancel()
+            self.protocol.service.metrics.requests.labels(str(CLIENT_LEFT)).inc()
+        elif not self.more_body and self.future is None:
+            self._begin()
+
+    def _begin(self) -> None:
+        image = self.body[0] if len(self.body) == 1 else b"".join(self.body)
+        self.body = []
+        timeout_s = self.wanted.deadline_ms / 1000 - (time.monotonic() - self.begin)
+        try:
+            if timeout_s <= 0:
+                raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
+            (self.future,) = self.protocol.service.scheduler.submit([image], explain=self.wanted.explain, timeout_s=timeout_s)
+        except Exception as error:
+            self.fail(error)
+            return
+        self.future.add_done_callback(self._wake_loop)
+
+    def _wake_loop(self, future: Future[Outcome]) -> None:
+        """Called in the worker's thread."""
+        if not future.cancelled():
+            self.protocol.loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        if self.disconnected or self.protocol.transport.is_closing() or self.future is None:
+            return
+        try:
+            self._answer(self.future.result())
+        except Exception as error:
+            self.fail(error)
+
+    def _answer(self, outcome: Outcome) -> None:
+        service = self.protocol.service
+        metadata = service.metadata
+        body = to_json(
+            {
+                "model": {"name": metadata.name, "version": metadata.version},
+                "predictions": [judge(outcome, metadata, index=0, filename=None, top_k=self.wanted.top_k)],
+                "request_id": self.request_id,
+            }
+        )
+        headers = b"".join([b"%s: %s\r\n" % header for header in self.protocol.server_state.default_headers])
+        service.metrics.request_s.observe(time.monotonic() - self.begin)
+        self._write(
+            200,
+            b"HTTP/1.1 200 OK\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nserver-timing: %b\r\n"
+            b"x-request-id: %b\r\n%b\r\n%b"
+            % (
+                headers,
+                len(body),
+                server_timing([outcome]).encode(),
+                self.request_id.encode(),
+                b"" if self.keep_alive else b"connection: close\r\n",
+                body,
+            ),
+        )
+
+    def fail(self, error: Exception, *, keep_alive: bool = True) -> None:
+        """Answers with what went wrong.
+
+        Args:
+            error: a ServiceError, or anything else that then is a defect.
+            keep_alive: False if the connection must not be used again.
+        """
+        self.keep_alive = self.keep_alive and keep_alive
+        if isinstance(error, ServiceError):
+            response = problem_response(error, self.request_id)
+            if error.per_item:
+                self.protocol.service.metrics.failures.labels(error.code).inc()
+        else:
+            response = defect_response("/classify", error, self.request_id)
+        self.response_started = True
+        self.protocol.write(response, self.request_id, keep_alive=self.keep_alive)
+        self._complete(response.status_code)
+
+    def _write(self, status: int, answer: bytes) -> None:
+        self.response_started = True
+        self.protocol.transport.write(answer)
+        self._complete(status)
+
+    def _complete(self, status: int) -> None:
+        self.response_complete = True
+        self.protocol.service.metrics.requests.labels(str(status)).inc()
+        if not self.keep_alive:
+            self.protocol.transport.close()
+        self.protocol.on_response_complete()
+
+
+def _make_room(connections: set[Protocol], newest: Protocol) -> bool:
+    """Closes the connection that has waited longest for its client; False if none waits."""
+    waiting = [
+        c
+        for c in connections
+        if c is not newest
+        and not c.transport.is_closing()
+        and (c.receive_by is not None or c.cycle is None or c.cycle.response_complete)
+    ]
+    if waiting:
+        min(waiting, key=lambda connection: connection.active).transport.abort()
+    return bool(waiting)
+
+
+def _wanted(query: bytes, deadline_ms: int) -> Wanted | None:
+    """The request's parameters, or None if one is unknown or needs a word."""
+    top_k, explain = 5, False
+    if query:
+        for pair in query.split(b"&"):
+            name, _, value = pair.partition(b"=")
+            if name == b"top_k" and value.isdigit() and len(value) <= _MAX_DIGITS and int(value) > 0:
+                top_k = int(value)
+            elif name == b"explain" and value in _FLAGS:
+                explain = _FLAGS[value]
+            else:
+                return None
+    return Wanted(top_k, explain, deadline_ms)

@@ -1,0 +1,164 @@
+"""What happens below the routes: pipelines, slow, silent and greedy clients. Raw sockets, because no client does this."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from tests.server import ServerProcess
+
+RECEIVE_TIMEOUT_S = 1
+CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
+
+
+def connect(url: str, **options: int) -> socket.socket:
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = socket.socket()
+    for name, value in options.items():
+        connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    connection.settimeout(30)
+    connection.connect((host, int(port)))
+    return connection
+
+
+def classify_request(data: bytes, *headers: str, version: str = "1.1") -> bytes:
+    head = [f"POST /classify HTTP/{version}", "Host: x", "Content-Type: image/webp", f"Content-Length: {len(data)}", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + data
+
+
+def answers(connection: socket.socket) -> Iterator[tuple[int, bytes, dict]]:
+    """Status, head and JSON of each answer until the server closes."""
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+        while found := re.match(rb"HTTP/1\.1 (\d+) .*?content-length: (\d+)\r\n.*?\r\n\r\n", received, re.DOTALL):
+            end = found.end() + int(found[2])
+            if len(received) < end:
+                break
+            yield int(found[1]), found[0], json.loads(received[found.end() : end])
+            received = received[end:]
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[str]:
+    server = ServerProcess(receive_timeout_s=str(RECEIVE_TIMEOUT_S), max_connections="8")
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+    assert "Traceback" not in server.log, server.log
+
+
+def test_pipelined_requests_of_both_ways_are_answered_in_order(base_url, client, samples):
+    chosen = [samples[0], samples[70], samples[130]]
+    alone = [client.post("/classify", files={"images": s.data}).json()["predictions"][0]["label"] for s in chosen]
+    raw = [classify_request(s.data, f"X-Request-ID: r{i}") for i, s in enumerate(chosen)]
+    probe = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Request-ID: probe\r\n\r\n"
+    with connect(base_url) as connection:
+        connection.sendall(raw[0] + raw[1] + probe + raw[2] + probe.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        received = list(answers(connection))
+    assert [status for status, _, _ in received] == [200] * 5
+    assert [re.search(rb"x-request-id: (\S+)", head)[1] for _, head, _ in received] == [b"r0", b"r1", b"probe", b"r2", b"probe"]
+    assert [body["predictions"][0]["label"] for _, _, body in received if "predictions" in body] == alone
+    assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize(("headers", "version"), [(("Connection: close",), "1.1"), ((), "1.0")])
+def test_the_connection_is_closed_when_the_client_wants_it(base_url, samples, headers, version):
+    with connect(base_url) as connection:
+        connection.sendall(classify_request(samples[0].data, *headers, version=version))
+        ((status, head, _),) = answers(connection)  # ends, so it was closed
+    assert status == 200
+    assert b"connection: close\r\n" in head
+
+
+def test_an_image_may_arrive_in_any_pieces(base_url, samples):
+    wire = classify_request(samples[7].data, "Connection: close")
+    with connect(base_url) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i in range(len(wire)):
+            connection.sendall(wire[i : i + 1])
+        ((status, _, body),) = answers(connection)
+    assert (status, body["predictions"][0]["label"]) == (200, samples[7].label)
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"\x16\x03\x01 this is TLS", 400, "malformed_request"),
+        (b"GET / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "malformed_request"),
+        (b"GET / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", 400, "malformed_request"),
+        (b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 102, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 40_000, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\nX-A: ", 408, "receive_timeout"),
+        (CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf", 408, "receive_timeout"),
+        (CLASSIFY + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", 408, "receive_timeout"),
+        (
+            b"POST /classify HTTP/1.1\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n",
+            408,
+            "receive_timeout",
+        ),
+    ],
+)
+def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_closed(impatient, sent, status, code):
+    with connect(impatient) as connection:
+        connection.sendall(sent)
+        ((got, head, body),) = answers(connection)
+    assert (got, body["code"]) == (status, code)
+    assert b"application/problem+json" in head
+    assert body["request_id"].encode() in head
+
+
+def test_a_silent_connection_is_closed_without_a_word(impatient):
+    with connect(impatient) as connection:
+        assert connection.recv(1) == b""
+
+
+def send_for_ever(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
+
+
+def test_a_client_that_does_not_read_is_cut_off(impatient, samples):
+    with connect(impatient, SO_RCVBUF=4096) as connection, pytest.raises((ConnectionResetError, BrokenPipeError)):
+        send_for_ever(connection, classify_request(samples[0].data))
+
+
+def test_requests_without_end_on_one_connection_are_not_hoarded(impatient):
+    probe = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(impatient) as connection:
+        connection.sendall(probe * 500)
+        received = list(answers(connection))
+    assert 1 <= len(received) < 500
+    assert {status for status, _, _ in received} == {200}
+
+
+def test_what_follows_a_good_request_does_not_harm_it(impatient, client, samples):
+    alone = client.post("/classify", files={"images": samples[0].data}).json()["predictions"][0]["label"]
+    with connect(impatient) as connection:
+        connection.sendall(classify_request(samples[0].data) + b"nonsense\r\n\r\n")
+        ((status, _, body),) = answers(connection)
+    assert (status, body["predictions"][0]["label"]) == (200, alone)
+
+
+def test_idle_connections_make_room_for_new_ones(impatient, samples):
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(impatient)) for _ in range(30)]
+        response = httpx.post(f"{impatient}/classify", content=samples[0].data, headers={"Content-Type": "image/webp"})
+        assert response.status_code == 200
+        assert idle[0].recv(1) == b""  # the oldest went first
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, samples):
+    url = start().wait_until_ready()
+    wire = classify_request(samples[0].data)
+    with connect(url) as connection:
+        connection.sendall(wire[:-10])
+    with connect(url) as connection:
+        connection.sendall(CLASSIFY + b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b\r\n")
+    while 'convmixer_requests_total{status="499"} 2.0' not in httpx.get(f"{url}/metrics").text:
+        pass
