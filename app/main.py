@@ -58,4 +58,4 @@ def create_app(settings: Settings | None = None) -> App:
 def _count(scope: Scope, status: int) -> None:
     if scope["path"] == "/classify":
         service: Service = scope["state"]["service"]
-        service.metrics.requests.labels(str(status)).inc()
+        service.metrics.count_request(status)

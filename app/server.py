@@ -329,7 +329,7 @@ class RawImageRequest:
         if self.disconnected:
             if self.future:
                 self.future.cancel()
-            self.protocol.service.metrics.requests.labels(str(CLIENT_LEFT)).inc()
+            self.protocol.service.metrics.count_request(CLIENT_LEFT)
         elif not self.more_body and self.future is None:
             self._begin()
 
@@ -410,7 +410,7 @@ class RawImageRequest:
 
     def _complete(self, status: int) -> None:
         self.response_complete = True
-        self.protocol.service.metrics.requests.labels(str(status)).inc()
+        self.protocol.service.metrics.count_request(status)
         if not self.keep_alive:
             self.protocol.transport.close()
         self.protocol.on_response_complete()

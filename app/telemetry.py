@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("convmixer_requests", "Requests to /classify by HTTP status.", ["status"], registry=self.registry)
+        # finding a label's counter takes longer than counting
+        self._requests_by_status = functools.cache(lambda status: self.requests.labels(str(status)))
         self.failures = Counter(
             "convmixer_failures", "Failed requests and images by error code.", ["code"], registry=self.registry
         )
@@ -30,6 +33,10 @@ class Metrics:
         self.batch_size = Histogram(
             "convmixer_batch_size", "Images in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=self.registry
         )
+
+    def count_request(self, status: int) -> None:
+        """Records an answer."""
+        self._requests_by_status(status).inc()
 
     def watch(self, scheduler: Scheduler) -> None:
         """Adds what is read from the scheduler at each scrape."""

@@ -10,12 +10,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app.errors import ServiceError
 from app.protection import Send
-from app.schemas import Prediction, Problem
+from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -83,7 +84,15 @@ def _respond(
     headers: dict[str, str],
     predictions: list[Prediction] | None = None,
 ) -> Response:
-    problem = Problem(
-        title=status.phrase, status=status, detail=detail, code=code, request_id=request_id, predictions=predictions
-    )
-    return Response(problem.model_dump_json(exclude_none=True), status, headers, MEDIA_TYPE)
+    # schemas.Problem describes it; building one would take longer than all else in a refusal under overload
+    problem: dict[str, Any] = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": int(status),
+        "detail": detail,
+        "code": code,
+        "request_id": request_id,
+    }
+    if predictions is not None:
+        problem["predictions"] = predictions
+    return Response(to_json(problem), status, headers, MEDIA_TYPE)

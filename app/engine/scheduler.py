@@ -28,6 +28,10 @@ from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
 logger = logging.getLogger(__name__)
 
+_SAFETY = 2.0
+"""Only what would be done in half the time it has is accepted: the prediction may be wrong by so much, and a queue longer
+than that makes nothing faster."""
+
 HANG_TIMEOUT_S = 30.0
 """A worker busy with one batch for longer than this is taken for hung; the service then reports itself dead."""
 
@@ -122,7 +126,7 @@ class Scheduler:
             one of UnsupportedImage, ImageTooLarge, UndecodableImage, DeadlineExceeded, InferenceFailed, NotServing.
 
         Raises:
-            Overloaded: no room, or the predicted wait passes the deadline (503 with Retry-After).
+            Overloaded: no room, or what waits would take more than half of `timeout_s` (503 with Retry-After).
             NotServing: draining (503).
         """
         deadline = time.monotonic() + timeout_s
@@ -130,8 +134,8 @@ class Scheduler:
         with self._admission:
             if self._draining:
                 raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
-            wait_s = self._predicted_wait_s()
-            if self.waiting() + len(items) > self.max_queue or wait_s > timeout_s:
+            wait_s = self._predicted_wait_s(len(items))
+            if self.waiting() + len(items) > self.max_queue or wait_s * _SAFETY > timeout_s:
                 raise Overloaded(
                     f"{self.waiting()} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
                     f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
@@ -186,8 +190,12 @@ class Scheduler:
             self._waiting.put(None)  # the end of another worker; nothing comes behind it
         return item
 
-    def _predicted_wait_s(self) -> float:
-        return self.waiting() * self._image_s / self.workers
+    def _predicted_wait_s(self, more: int) -> float:
+        """Until so many more images are done; 0 while a worker is free for them."""
+        waiting = self.waiting()
+        if not waiting and len(self._busy_since) + more <= self.workers:
+            return 0.0
+        return (waiting + len(self._busy_since) + more) * self._image_s / self.workers
 
     def _work(self) -> None:
         me = threading.get_ident()
@@ -226,7 +234,8 @@ class Scheduler:
             return False
         begin = time.monotonic()
         item.queue_s = begin - item.submitted
-        if begin > item.deadline:
+        # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
+        if begin > item.deadline or (self.waiting() and begin + self._image_s > item.deadline):
             _fail(
                 item, DeadlineExceeded("the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later")
             )

@@ -143,14 +143,32 @@ def test_a_predicted_wait_beyond_the_deadline_is_refused_at_once(session, make, 
 def test_a_deadline_that_passed_in_the_queue_costs_no_inference(session, make, samples):
     scheduler = make()
     hold(session, scheduler, samples[0].data)
-    (late,) = scheduler.submit([samples[1].data], timeout_s=0.001)
+    (late,) = scheduler.submit([samples[1].data], timeout_s=0.5)
     (patient,) = scheduler.submit([samples[2].data])
-    wait([late], timeout=0.01)  # lets the deadline pass: the worker is held
+    wait([late], timeout=0.6)  # lets the deadline pass: the worker is held
     session.batches.clear()
     session.gate.set()
     assert isinstance(late.exception(TIMEOUT_S), DeadlineExceeded)
     assert patient.result(TIMEOUT_S).batch_size == 1
     assert session.batches == [1]
+
+
+def test_what_would_probably_be_late_is_refused_at_once(session, make, samples):
+    scheduler = make()
+    for sample in samples[:20]:  # learns how long an image takes
+        scheduler.submit([sample.data])[0].result(TIMEOUT_S)
+    hold(session, scheduler, samples[0].data)
+    waiting = scheduler.submit([samples[1].data] * 50)
+    with pytest.raises(Overloaded) as refusal:
+        scheduler.submit([samples[2].data], timeout_s=0.001)
+    assert refusal.value.retry_after_s >= 1
+    (accepted,) = scheduler.submit([samples[2].data], timeout_s=TIMEOUT_S)
+    session.gate.set()
+    assert accepted.result(TIMEOUT_S)
+    assert all(future.result(TIMEOUT_S) for future in waiting)
+    # an idle worker tries however little time there is: otherwise one slow picture could close the service for good
+    (tried,) = scheduler.submit([samples[3].data], timeout_s=0.001)
+    assert isinstance(tried.exception(TIMEOUT_S), DeadlineExceeded | None)
 
 
 def test_a_cancelled_image_costs_no_inference(session, make, samples):
