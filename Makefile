@@ -41,7 +41,8 @@ export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that shi
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
 
 bench: .venv/.dev  ## Server against the in-process limit, side by side (about three minutes)
-	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.serve --output benchmarks/results/serve.json --plot docs/images/serve.png
+	$(BIN)/python -m benchmarks.budget
 
 docker:  ## Build the image
 	docker build -t convmixer-serve .

@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from app.errors import BodyTooLarge, ServiceError
+from app.errors import BodyTooLarge, Overloaded, ServiceError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -25,6 +25,35 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 def choose_request_id(sent: bytes) -> str:
     """The client's own `X-Request-ID` if it is short and plain, else a new one."""
     return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
+
+
+class ByteBudget:
+    """Bytes of request bodies held at once, over all requests: what keeps memory bounded whatever clients send.
+
+    Args:
+        limit: most bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, count: int) -> None:
+        """Counts bytes that have arrived; they stay counted even if that is too much, until they are given back.
+
+        Raises:
+            Overloaded: more are held than allowed.
+        """
+        self.held += count
+        if self.held > self.limit:
+            raise Overloaded(
+                f"more than {self.limit:,} bytes of requests are in work (CONVMIXER_MAX_HELD_BYTES); try again later",
+                retry_after_s=1,
+            )
+
+    def give_back(self, count: int) -> None:
+        """Counts bytes that are no longer held."""
+        self.held -= count
 
 
 class RequestGuard:
@@ -61,7 +90,7 @@ class RequestGuard:
         headers = dict(scope["headers"])
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        started = unread = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -69,24 +98,33 @@ class RequestGuard:
                 started = True
                 self.on_response(scope, message["status"])
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if unread:  # the rest of the body is not worth reading
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         limit = self.max_body_bytes
         received = 0
+        service = scope["state"]["service"]
 
         async def receive_within_limits() -> Message:
-            nonlocal received
+            nonlocal received, unread
             message = await receive()
-            received += len(message.get("body", b""))
+            count = len(message.get("body", b""))
+            received += count
+            unread = True
+            if count:
+                service.bodies.take(count)
             if received > limit:
                 raise BodyTooLarge(
                     f"the body has more than {limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"
                 )
+            unread = False
             return message
 
         try:
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared[:20]) > limit:
+                unread = True
                 raise BodyTooLarge(
                     f"the body has {int(declared[:20]):,} bytes; the limit is {limit:,} (CONVMIXER_MAX_BODY_BYTES); "
                     "send fewer or smaller images"
@@ -96,3 +134,5 @@ class RequestGuard:
             if started:
                 raise
             await self.answer_failure(scope, error, send_with_id)
+        finally:
+            service.bodies.give_back(received)

@@ -114,7 +114,7 @@ class Protocol(HttpToolsProtocol):
         self.receive_by: float | None = None
         self.active = time.monotonic()
         self._raw: RawImageRequest | None = None
-        self._running: RequestResponseCycle | None = None
+        self._running: RequestResponseCycle | RawImageRequest | None = None
         self._in_headers = True
         self._header_bytes = 0
         self._deaf = False
@@ -167,7 +167,7 @@ class Protocol(HttpToolsProtocol):
         self._in_headers, self._header_bytes = False, 0
         self._raw = self._raw_image() if self.cycle is None or self.cycle.response_complete else None
         if self._raw:
-            self.cycle = self._raw  # type: ignore[assignment]
+            self.cycle = self._running = self._raw  # type: ignore[assignment]
         else:
             super().on_headers_complete()
 
@@ -180,7 +180,7 @@ class Protocol(HttpToolsProtocol):
         if self._deaf:
             return
         if self._raw:
-            self._raw.body.append(body)
+            self._raw.receive(body)
         elif self.cycle is not None:
             super().on_body(body)
 
@@ -219,7 +219,7 @@ class Protocol(HttpToolsProtocol):
     def _stop_running(self) -> None:
         """Tells the application that its client has left; uvicorn tells only the request that came last."""
         self.pipeline.clear()
-        if self._running:
+        if self._running and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
         self.flow.resume_writing()
@@ -309,6 +309,7 @@ class RawImageRequest:
         "message_event",
         "more_body",
         "protocol",
+        "received",
         "request_id",
         "response_complete",
         "response_started",
@@ -319,19 +320,38 @@ class RawImageRequest:
         self.protocol, self.wanted, self.request_id, self.keep_alive = protocol, wanted, request_id, keep_alive
         self.begin = protocol.active
         self.body: list[bytes] = []
+        self.received = 0
         self.more_body, self.disconnected = True, False
         self.response_started = self.response_complete = False
         self.future: Future[Outcome] | None = None
         self.message_event = self
 
+    def receive(self, data: bytes) -> None:
+        """A piece of the image."""
+        if self.response_complete:
+            return
+        self.body.append(data)
+        self.received += len(data)
+        try:
+            self.protocol.service.bodies.take(len(data))
+        except ServiceError as error:
+            self.fail(error, keep_alive=False)
+
     def set(self) -> None:
         """The body is complete, or the client has left."""
         if self.disconnected:
-            if self.future:
-                self.future.cancel()
-            self.protocol.service.metrics.count_request(CLIENT_LEFT)
+            self.abandon()
         elif not self.more_body and self.future is None:
             self._begin()
+
+    def abandon(self) -> None:
+        """The client has left: what has not begun of the work is dropped."""
+        if self.response_complete:
+            return
+        self.disconnected = self.response_complete = True
+        if self.future:
+            self.future.cancel()
+        self._release(CLIENT_LEFT)
 
     def _begin(self) -> None:
         image = self.body[0] if len(self.body) == 1 else b"".join(self.body)
@@ -410,10 +430,15 @@ class RawImageRequest:
 
     def _complete(self, status: int) -> None:
         self.response_complete = True
-        self.protocol.service.metrics.count_request(status)
+        self._release(status)
         if not self.keep_alive:
             self.protocol.transport.close()
         self.protocol.on_response_complete()
+
+    def _release(self, status: int) -> None:
+        self.body = []
+        self.protocol.service.bodies.give_back(self.received)
+        self.protocol.service.metrics.count_request(status)
 
 
 def _make_room(connections: set[Protocol], newest: Protocol) -> bool:

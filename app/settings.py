@@ -45,6 +45,9 @@ class Settings(BaseModel):
         1024, ge=1, description="Open connections at most; a new one then takes the place of the one that waits longest."
     )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes.")
+    max_held_bytes: int = Field(
+        256 * 1024 * 1024, ge=1, description="Bytes of all requests' bodies in memory at once; more are refused with 503."
+    )
     max_images: int = Field(128, ge=1, description="Most images in one request.")
     max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image, checked before decoding.")
     max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")

@@ -132,7 +132,7 @@ def main() -> None:
     labels = [limit.label(body) for body in bodies]
     single = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
     server = Server.start(single[0])
-    print(f"{_processor()}, {cores} cores; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
+    print(f"{processor()}, {cores} cores; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
     rates: dict[str, list[float]] = {}
     p99_ms: dict[int, list[float]] = {}
     overload: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ def main() -> None:
         starts_s.append(again.start_s)
 
     results = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores,
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
@@ -265,7 +265,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system gives it."""
     models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
     return models[0] if models else platform.processor()
 

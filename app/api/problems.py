@@ -39,9 +39,8 @@ def defect_response(path: str, error: Exception, request_id: str) -> Response:
 
 
 async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
-    """Answers a failure found outside FastAPI, and closes the connection: the rest of the body is not read."""
+    """Answers a failure found outside FastAPI."""
     response = problem_response(error, scope["state"]["request_id"])
-    response.headers["Connection"] = "close"
 
     async def no_body() -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}

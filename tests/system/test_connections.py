@@ -162,3 +162,28 @@ def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, sampl
         connection.sendall(CLASSIFY + b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b\r\n")
     while 'convmixer_requests_total{status="499"} 2.0' not in httpx.get(f"{url}/metrics").text:
         pass
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'
+
+
+@pytest.mark.parametrize(("content_type", "begin"), [("image/png", b""), ("multipart/form-data; boundary=b", FORM)])
+def test_bodies_held_at_once_are_bounded_over_all_connections(start, samples, content_type, begin):
+    url = start(max_held_bytes=100_000).wait_until_ready()
+    head = CLASSIFY + f"Content-Type: {content_type}\r\nContent-Length: 70000\r\n\r\n".encode()
+    image = {"content": samples[0].data, "headers": {"Content-Type": "image/webp"}}
+    with connect(url) as patient:
+        patient.sendall(head + begin + b"x" * 60_000)
+        assert httpx.post(f"{url}/classify", **image).status_code == 200
+        with connect(url) as greedy:
+            greedy.sendall(head + begin + b"x" * 60_000)
+            ((status, head_of_answer, body),) = answers(greedy)
+        assert (status, body["code"]) == (503, "overloaded")
+        assert "CONVMIXER_MAX_HELD_BYTES" in body["detail"]
+        assert b"retry-after: 1" in head_of_answer.lower()
+        # what the refused one held is free again, what the other holds is still its own
+        assert httpx.post(f"{url}/classify", **image).status_code == 200
+    with connect(url) as next_one:
+        next_one.sendall(head + begin + b"x" * (70_000 - len(begin)))
+        status, _, body = next(answers(next_one))
+    assert (status, body["code"]) in {(415, "unsupported_image"), (400, "malformed_request")}

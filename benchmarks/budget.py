@@ -1,0 +1,139 @@
+"""What one raw image costs, stage by stage, in microseconds: `python -m benchmarks.budget`.
+
+Decoding and inference as a worker does them, on one thread; the event loop's part through the real protocol object with
+a transport that keeps what is written. System calls and the wake-ups between threads are not in it: they are what is
+missing between the sum and the figures of `make bench`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, cast
+
+import numpy as np
+import onnxruntime
+import uvicorn
+import uvloop
+from uvicorn.server import ServerState
+
+from app.engine.scheduler import Outcome, Scheduler
+from app.errors import Overloaded
+from app.images import DecodeLimits, decode_image
+from app.server import Protocol
+from app.service import Service
+from app.settings import Settings
+from benchmarks.clients import prepare
+from benchmarks.serve import PHOTOS, processor
+
+REPEATS = 300
+ROUNDS = 5
+
+
+class Kept:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        """Keeps the answer."""
+        self.written = data
+
+    def is_closing(self) -> bool:
+        """Never."""
+        return False
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        """No socket."""
+        return default
+
+
+class Answering:
+    """In the scheduler's place: gives back a future that the caller resolves, or refuses."""
+
+    def __init__(self) -> None:
+        self.future: Future[Outcome] = Future()
+        self.refuse = False
+
+    def submit(self, images: Sequence[bytes], **_: object) -> list[Future[Outcome]]:
+        """As the scheduler's."""
+        if self.refuse:
+            raise Overloaded("100 images are waiting; try again later", retry_after_s=1)
+        self.future = Future()
+        return [self.future]
+
+
+async def measure() -> dict[str, float]:
+    """Stages and their microseconds, medians of the rounds."""
+    service = Service(Settings.load())
+    body = sorted(PHOTOS.glob("*/*.webp"))[0].read_bytes()
+    rule, limits = service.metadata.resize, DecodeLimits(10**7, 10**4)
+    pixels = decode_image(body, rule, limits).pixels[np.newaxis]
+    outcome = Outcome(service.session.infer(pixels)[0], None, (), 0.001, 0.001, 0.005, 1)
+
+    real: Scheduler = service.scheduler
+    answering = Answering()
+    service.scheduler = cast("Scheduler", answering)
+    protocol, transport = _connect(service)
+    wire = prepare(body, "image/webp", "").wire
+
+    def answer() -> None:
+        protocol.data_received(wire)
+        cast("Any", protocol.cycle).future = done
+        cast("Any", protocol.cycle)._end()
+
+    done: Future[Outcome] = Future()
+    done.set_result(outcome)
+    stages = {
+        "decode (worker)": _time(lambda: decode_image(body, rule, limits)),
+        "infer (worker)": _time(lambda: service.session.infer(pixels)),
+        "read, parse, admit, judge, write (event loop)": _time(answer),
+    }
+    if not transport.written.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"no answer but {transport.written[:100]!r}")
+    answering.refuse = True
+    stages["refusal (event loop)"] = _time(lambda: protocol.data_received(wire))
+    if not transport.written.startswith(b"HTTP/1.1 503"):
+        raise RuntimeError(f"no refusal but {transport.written[:100]!r}")
+    service.scheduler = real
+    service.close()
+    return stages
+
+
+def _connect(service: Service) -> tuple[Protocol, Kept]:
+    async def nothing(scope: object, receive: object, send: object) -> None:
+        """No other way is taken."""
+
+    config = uvicorn.Config(cast("Any", nothing), interface="asgi3", http=Protocol, ws="none", log_config=None, access_log=False)
+    config.load()
+    state = ServerState()
+    state.default_headers = [(b"date", b"Mon, 23 Nov 2026 12:00:00 GMT")]
+    protocol, transport = Protocol(config, state, {"service": service}, asyncio.get_running_loop()), Kept()
+    protocol.connection_made(cast("asyncio.Transport", transport))
+    return protocol, transport
+
+
+def _time(work: Callable[[], object]) -> float:
+    rounds = []
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(REPEATS):
+            work()
+        rounds.append((time.perf_counter() - begin) / REPEATS * 1e6)
+    return statistics.median(rounds)
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{processor()}; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
+    for stage, microseconds in uvloop.run(measure()).items():
+        print(f"{stage:48} {microseconds:8.0f} µs")
+
+
+if __name__ == "__main__":
+    main()
