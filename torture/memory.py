@@ -1,0 +1,135 @@
+"""Memory is bounded by arithmetic: bombs, a million one-byte chunks, many large bodies at once."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+
+import numpy as np
+from PIL import Image
+
+from torture.target import Finding, Target, now, pictures, post, read_answer, target
+
+BYTES_PER_PIXEL = 24
+"""Most that decoding takes of one pixel; docs/settings.md states the bound with it."""
+
+MIB = 1024 * 1024
+_WORKERS = 2
+
+
+def _bombs(pixels: int) -> list[bytes]:
+    """Small files that decode to so many pixels, in the modes that take most."""
+    side = int(pixels**0.5)
+    found = []
+    for mode, kind in (("RGB", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("LA", "PNG")):
+        buffer = io.BytesIO()
+        Image.new(mode, (side, side)).save(buffer, kind)
+        found.append(buffer.getvalue())
+    return found
+
+
+async def _send_all(port: int, bodies: list[bytes], content_type: str) -> list[int]:
+    async def one(body: bytes) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(body, content_type, "X-Deadline-Ms: 600000", close=True))
+        status, _, _ = await read_answer(reader)
+        writer.close()
+        return status
+
+    return await asyncio.gather(*(one(body) for body in bodies))
+
+
+def bombs() -> Finding:
+    """64 pictures at the pixel limit at once; the peak must stay below what the settings imply."""
+    pixels, held = 24_000_000, 64 * MIB
+    with target(workers=_WORKERS, max_pixels=pixels, max_held_bytes=held) as server:
+        asyncio.run(_send_all(server.port, pictures()[:8], "image/webp"))
+        base = server.memory_mib()
+        kinds = _bombs(pixels)
+        statuses = asyncio.run(_send_all(server.port, [kinds[i % len(kinds)] for i in range(64)], "image/png"))
+        peak = server.memory_mib("VmHWM")
+    bound = base + (held + _WORKERS * pixels * BYTES_PER_PIXEL) / MIB
+    figure = (
+        f"64 pictures of {pixels // 10**6} megapixels at once, {_WORKERS} workers: peak {peak:.0f} MiB, bound {bound:.0f} MiB "
+        f"(idle {base:.0f}); answers {sorted(set(statuses))}"
+    )
+    return Finding("64 bombs at once stay within the settings' bound", figure, peak <= bound and set(statuses) <= {200, 503})
+
+
+def large_bodies() -> Finding:
+    """64 clients send 16 MiB each; what is held at once must stay bounded."""
+    held = 64 * MIB
+    with target(max_held_bytes=held) as server:
+        asyncio.run(_send_all(server.port, pictures()[:8], "image/webp"))
+        base = server.memory_mib()
+        statuses = asyncio.run(_send_all(server.port, [b"\0" * 16 * MIB] * 64, "image/png"))
+        peak = server.memory_mib("VmHWM")
+    bound = base + 4 * held / MIB
+    figure = f"64 bodies of 16 MiB at once: peak {peak:.0f} MiB, bound {bound:.0f} MiB; answers {sorted(set(statuses))}"
+    return Finding("Bodies held at once are bounded", figure, peak <= bound)
+
+
+def chunks() -> Finding:
+    """A million chunks of one byte, each in a segment of its own as far as the kernel allows."""
+    count = 1_000_000
+    with target() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")  # this way has been gone before
+        connection.recv(65536)
+        before = server.memory_mib()
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        begin, peak = now(), before
+        for _ in range(count // 100):
+            connection.sendall(b"1\r\nx\r\n" * 100)
+        peak = max(peak, server.memory_mib())
+        connection.sendall(b"0\r\n\r\n")
+        status = connection.recv(12)
+        seconds = now() - begin
+        after = server.memory_mib()
+    growth = max(peak, after) - before - count / MIB
+    figure = f"{count:,} chunks of one byte in {seconds:.0f} s: {growth:+.2f} MiB beyond the body itself; answer {status!r}"
+    return Finding("A million one-byte chunks cost no more than their bytes", figure, growth < 1)
+
+
+def soak(seconds: float) -> Finding:
+    """Mixed load; memory of the second half must not grow."""
+    rng = np.random.default_rng(0)
+    good = pictures()
+    large = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (1500, 1500, 3), dtype=np.uint8)).save(large, "JPEG")
+    bad = [b"x" * 1000, good[0][:100], b"\x89PNG\r\n\x1a\n" + b"\0" * 200]
+    samples: list[float] = []
+
+    async def client(server: Target, number: int, end: float) -> int:
+        sent = 0
+        while now() < end:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            for _ in range(20):
+                sent += 1
+                body = large.getvalue() if sent % 40 == 0 else bad[sent % 3] if sent % 3 == 0 else good[(sent + number) % 200]
+                writer.write(post(body, "image/png"))
+                await read_answer(reader)
+            writer.close()
+        return sent
+
+    async def run(server: Target) -> int:
+        end = now() + seconds
+
+        async def watch() -> int:
+            while now() < end:
+                await asyncio.sleep(seconds / 40)
+                samples.append(server.memory_mib())
+            return 0
+
+        return sum(await asyncio.gather(watch(), *(client(server, number, end) for number in range(8))))
+
+    with target() as server:
+        sent = asyncio.run(run(server))
+    half = len(samples) // 2
+    middle, last = max(samples[half // 2 : half]), max(samples[-half // 2 :])
+    figure = (
+        f"{sent:,} requests of every kind in {seconds:.0f} s: {middle:.1f} MiB at most before half-time, {last:.1f} at the end"
+    )
+    return Finding("Mixed load does not make it grow", figure, last <= middle * 1.03 + 2)

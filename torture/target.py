@@ -1,0 +1,155 @@
+"""The server under attack, as a process of its own, and raw HTTP over sockets: no client library would send this."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+IMAGES = REPOSITORY / "tests" / "data" / "cifar10"
+READY_TIMEOUT_S = 60
+_HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) .*?\r\n\r\n", re.DOTALL)
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a promise.
+
+    Attributes:
+        promise: what is promised.
+        figure: what was measured.
+        kept: whether the promise was kept.
+    """
+
+    promise: str
+    figure: str
+    kept: bool
+
+
+class Target:
+    """`convmixer serve` on a free port, with settings of the attack's own.
+
+    Args:
+        **settings: `CONVMIXER_*` without the prefix, in lower case.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
+        environment |= {"CONVMIXER_PORT": "0", **{f"CONVMIXER_{k.upper()}": str(v) for k, v in settings.items()}}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "serve"], env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        self.log = ""
+        listening = threading.Event()
+        self._reader = threading.Thread(target=self._read_log, args=(listening,), daemon=True)
+        self._reader.start()
+        listening.wait(READY_TIMEOUT_S)
+        found = re.search(r"running on http://[\d.]+:(\d+)", self.log)
+        if not found:
+            raise RuntimeError(f"the server did not start:\n{self.log}")
+        self.port = int(found[1])
+
+    def _read_log(self, listening: threading.Event) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.log += line
+            if "running on" in line:
+                listening.set()
+        listening.set()
+
+    def memory_mib(self, which: str = "VmRSS") -> float:
+        """Resident memory now (`VmRSS`) or at its highest (`VmHWM`)."""
+        found = re.search(rf"{which}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(found[1]) / 1024 if found else float("nan")
+
+    def stop(self) -> int:
+        """Exit code after SIGTERM."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(READY_TIMEOUT_S)
+        self._reader.join(READY_TIMEOUT_S)
+        return code
+
+
+@contextlib.contextmanager
+def target(**settings: object) -> Iterator[Target]:
+    """A running server, stopped at the end."""
+    server = Target(**settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def post(
+    body: bytes, content_type: str, *headers: str, path: str = "/classify", declared: int | None = None, close: bool = False
+) -> bytes:
+    """A POST as bytes.
+
+    Args:
+        body: of the request.
+        content_type: of the body.
+        *headers: more header lines.
+        path: with the query.
+        declared: Content-Length, if not the true one.
+        close: whether the server shall close afterwards.
+    """
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {content_type}", *headers]
+    lines.append(f"Content-Length: {len(body) if declared is None else declared}")
+    if close:
+        lines.append("Connection: close")
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
+    """Status, head and body of one answer; status 0 if the server closed without one."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return 0, b"", b""
+    found, length = _HEAD.match(head), _LENGTH.search(head)
+    if not found:
+        raise RuntimeError(f"no HTTP: {head[:100]!r}")
+    body = await reader.readexactly(int(length[1])) if length else b""
+    return int(found[1]), head, body
+
+
+def top_class(body: bytes) -> Any:
+    """Label of the first prediction."""
+    return json.loads(body)["predictions"][0].get("label")
+
+
+def metrics(port: int) -> dict[str, float]:
+    """The server's own counts."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+def pictures() -> list[bytes]:
+    """Real test images."""
+    return [path.read_bytes() for path in sorted(IMAGES.glob("*/*.webp"))]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that so many are at or below; NaN of none."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else float("nan")
+
+
+def now() -> float:
+    """Seconds."""
+    return time.monotonic()
