@@ -8,7 +8,7 @@ RUN ?= runs/train
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
 
-.PHONY: help serve test lint format train evaluate export card bench docker clean
+.PHONY: help serve test lint format train evaluate export bench torture docker clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that shi
 bench: .venv/.dev  ## Server against the in-process limit, side by side (about three minutes)
 	$(BIN)/python -m benchmarks.serve --output benchmarks/results/serve.json --plot docs/images/serve.png
 	$(BIN)/python -m benchmarks.budget
+
+torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
+	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
 
 docker:  ## Build the image
 	docker build -t convmixer-serve .

@@ -85,6 +85,7 @@ class _Connection(asyncio.Protocol):
         self.buffer = b""
         self.request: Request | None = None
         self.begin = 0.0
+        self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.WriteTransport", transport)  # uvloop's says it is none
@@ -116,6 +117,7 @@ class _Connection(asyncio.Protocol):
         self.answered(self)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
         if self.request:
             self.tally.wrong += 1
             self.request = None
@@ -162,6 +164,8 @@ async def _open_loop(port: int, requests: list[Request], rate: float, seconds: f
         for _ in range(min(int(now * rate) - due, 1000)):
             request = requests[due % len(requests)]
             due += 1
+            while idle and idle[-1].lost:  # the server closes what idles when it has too many
+                idle.pop()
             if idle:
                 idle.pop().send(request)
             else:

@@ -67,7 +67,7 @@ def _labels(server: Target, bodies: list[bytes]) -> list[Any]:
 def overload(seconds: float) -> list[Finding]:
     """Requests at 2, 5 and 10 times the measured capacity, each with a deadline; probes meanwhile."""
     findings = []
-    with target() as server:
+    with target(max_connections=8192) as server:
         bodies = pictures()
         labels = _labels(server, bodies)
         requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
