@@ -87,6 +87,13 @@ class InvalidParameter(ServiceError):
     code = "invalid_parameter"
 
 
+class Unauthorized(ServiceError):
+    """API keys are set and the request has none of them."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "unauthorized"
+
+
 class HeadersTooLarge(ServiceError):
     """More or longer headers than the server takes."""
 

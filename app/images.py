@@ -9,6 +9,7 @@ size. Of an animation the first frame counts.
 from __future__ import annotations
 
 import io
+import warnings as warnings_module
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,8 @@ _DRAFT_MARGIN = 4
 
 _ORIENTATION_TAG = 0x0112
 
-# Our own limits are checked on every image; Pillow's global one would only print a warning before them.
-Image.MAX_IMAGE_PIXELS = None
+# Between its limit and twice its limit Pillow only warns; beyond, it raises. See `DecodeLimits.apply_to_pillow`.
+warnings_module.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow imports decoders at the first image; the first client should not wait for that. (preinit leaves WebP out.)
 Image.preinit()
 if not WebPImagePlugin.SUPPORTED:
@@ -58,6 +59,14 @@ class DecodeLimits:
 
     max_pixels: int
     max_side: int
+
+    def apply_to_pillow(self) -> None:
+        """Sets Pillow's own limit, which holds for the whole process.
+
+        Our check needs an opened picture, and opening a GIF of 59 bytes whose first frame is larger than its screen makes
+        Pillow fill that frame: 8 gigapixels, half a minute. Its own check comes before that.
+        """
+        Image.MAX_IMAGE_PIXELS = self.max_pixels // 2
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,10 @@ def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> Decoded
             return DecodedImage(np.asarray(_compose_on_white(_resize(full, rule), warnings)), tuple(warnings))
     except ServiceError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(
+            f"a frame of the picture has more than {limits.max_pixels:,} pixels (CONVMIXER_MAX_PIXELS); send a smaller image"
+        ) from error
     except UnidentifiedImageError as error:
         raise UnsupportedImage(f"not an image of a type read here: {', '.join(FORMATS)}") from error
     except Exception as error:

@@ -6,18 +6,23 @@ chunked bodies without Content-Length. How long they may take is the server's bu
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import random
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from app.errors import BodyTooLarge, Overloaded, ServiceError
+from app.errors import BodyTooLarge, Overloaded, ServiceError, Unauthorized
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PROTECTED = ("/classify", "/v2")
+"""Paths that ask for a key, if there are keys: what costs the machine's time."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -56,6 +61,28 @@ class ByteBudget:
         self.held -= count
 
 
+class ApiKeys:
+    """Tells whether a request may be answered.
+
+    Args:
+        keys: any of them opens; none at all: everybody may ask.
+    """
+
+    def __init__(self, keys: list[str]) -> None:
+        # digests have one length, so comparing them says nothing of a key's own
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Whether a key is among the headers (RFC 6750). Takes the same time whichever key it is."""
+        if not self._digests:
+            return True
+        sent = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = sent.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(found)
+
+
 class RequestGuard:
     """Wraps an ASGI application.
 
@@ -64,6 +91,7 @@ class RequestGuard:
 
     Args:
         app: the application.
+        keys: who may ask.
         max_body_bytes: largest body.
         answer_failure: answers a ServiceError raised before or while the body arrived.
         on_response: told scope and status of every answer, for metrics.
@@ -73,11 +101,13 @@ class RequestGuard:
         self,
         app: App,
         *,
+        keys: ApiKeys,
         max_body_bytes: int,
         answer_failure: Callable[[Scope, ServiceError, Send], Awaitable[None]],
         on_response: Callable[[Scope, int], None],
     ) -> None:
         self.app = app
+        self.keys = keys
         self.max_body_bytes = max_body_bytes
         self.answer_failure = answer_failure
         self.on_response = on_response
@@ -122,6 +152,9 @@ class RequestGuard:
             return message
 
         try:
+            if scope["path"].startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
+                unread = True
+                raise Unauthorized("this service asks for a key: send `Authorization: Bearer KEY`")
             declared = headers.get(b"content-length", b"0")
             if declared.isdigit() and int(declared[:20]) > limit:
                 unread = True

@@ -50,7 +50,7 @@ _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
 _MAX_DIGITS = 3
 """Longer numbers are the route's business."""
-_UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding"))
+_UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding", b"origin"))
 
 
 def run(app: App, settings: Settings) -> None:
@@ -280,7 +280,7 @@ class Protocol(HttpToolsProtocol):
                 deadline_ms = int(value)
             elif name in _UNUSUAL:
                 return None
-        if not is_raw or not 0 < length <= self.settings.max_body_bytes:
+        if not is_raw or not 0 < length <= self.settings.max_body_bytes or not self.service.keys.admit(self.headers):
             return None
         wanted = _wanted(query, deadline_ms)
         if wanted is None:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from app.errors import StartupError
 
@@ -53,6 +53,16 @@ class Settings(BaseModel):
     max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")
     receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
     drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
+    api_keys: SecretStr | None = Field(
+        None, description="Keys, separated by commas, one of which /classify then asks for (`Authorization: Bearer KEY`)."
+    )
+    api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="Port of its own for /metrics, which the other one then has not."
+    )
+    cors_origins: str | None = Field(
+        None, description="Origins, separated by commas, whose pages may call this service; unset: none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
 
     @classmethod
@@ -73,6 +83,25 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = (f"{ENV_PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
             raise StartupError("; ".join(problems)) from error
+
+    def keys(self) -> list[str]:
+        """The API keys; none: everybody may ask.
+
+        Raises:
+            StartupError: the file cannot be read, or keys were asked for and there is none.
+        """
+        if self.api_keys is None and self.api_keys_file is None:
+            return []
+        texts = self.api_keys.get_secret_value().split(",") if self.api_keys else []
+        if self.api_keys_file:
+            try:
+                texts += self.api_keys_file.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartupError(f"CONVMIXER_API_KEYS_FILE={self.api_keys_file} cannot be read: {error}") from error
+        keys = [key for text in texts if (key := text.strip())]
+        if not keys:  # an empty file must not open the service
+            raise StartupError("CONVMIXER_API_KEYS or CONVMIXER_API_KEYS_FILE is set but holds no key")
+        return keys
 
     def artifact_path(self) -> Path:
         """The .onnx file that `model` names."""

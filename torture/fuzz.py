@@ -15,10 +15,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from torture.target import Finding, now, pictures, post, read_answer, target
+from torture.target import REPOSITORY, Finding, now, pictures, post, read_answer, target
 
 CONNECTIONS = 16
 LIMIT_S = 2.0
+KEPT = REPOSITORY / "torture-findings"
 _ALLOWED = {200, 400, 404, 405, 408, 413, 415, 422, 431}
 _TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream"]
 
@@ -159,18 +160,26 @@ async def _attack(port: int, next_input: Callable[[], bytes | None], tally: Coun
                 status, _, body = await asyncio.wait_for(read_answer(reader), 30)
                 if status and status not in _ALLOWED:
                     tally[f"status {status}"] += 1
+                    _keep(wire, str(status))
                 if status:
                     json.loads(body)
                 tally["answered" if status else "closed without an answer"] += 1
             finally:
                 writer.close()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            tally["closed without an answer"] += 1
-        except TimeoutError:
+        except TimeoutError:  # an OSError too
             tally["hung"] += 1
+        except (OSError, asyncio.IncompleteReadError):
+            tally["closed without an answer"] += 1
         elapsed = now() - begin
         if elapsed > LIMIT_S:
             slow.append(elapsed)
+            _keep(wire, f"{elapsed:.1f}s")
+
+
+def _keep(wire: bytes, what: str) -> None:
+    """For whoever has to find out why."""
+    KEPT.mkdir(exist_ok=True)
+    (KEPT / f"{what}-{zlib.crc32(wire):08x}.http").write_bytes(wire)
 
 
 def fuzz(inputs: int, folder: Path | None = None, seed: int = 0) -> Finding:
@@ -192,7 +201,7 @@ def fuzz(inputs: int, folder: Path | None = None, seed: int = 0) -> Finding:
     async def attack(port: int) -> None:
         await asyncio.gather(*(_attack(port, next_input, tally, slow) for _ in range(CONNECTIONS)))
 
-    with target() as server:
+    with target(deadline_ms=60_000) as server:  # a 504 would say that others were slow, not that this one was bad
         begin = now()
         asyncio.run(attack(server.port))
         seconds = now() - begin

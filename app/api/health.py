@@ -12,6 +12,7 @@ from app.schemas import ModelCard, ProbeAnswer
 from app.service import Service
 
 router = APIRouter()
+metrics_router = APIRouter()
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ProbeAnswer, "description": "Not so; `reason` says why."}}
 
 
@@ -28,7 +29,7 @@ async def readyz(request: Request) -> Response:
     return _probe("draining" if scheduler.draining else scheduler.failure())
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     return Response(generate_latest(_service(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)

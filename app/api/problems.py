@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.errors import ServiceError
+from app.errors import ServiceError, Unauthorized
 from app.protection import Send
 from app.schemas import Prediction
 
@@ -28,6 +28,8 @@ CLIENT_LEFT = 499
 def problem_response(error: ServiceError, request_id: str, predictions: list[Prediction] | None = None) -> Response:
     """The answer to a failed request; `predictions` gives each image's reason when several failed."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return _respond(error.status, error.code, error.detail, request_id, headers, predictions)
 
 

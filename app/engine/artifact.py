@@ -77,8 +77,10 @@ def read_verified(path: Path, expected_sha256: str | None = None) -> VerifiedByt
         expected_sha256: hexadecimal; None takes it from `path` + `.sha256`.
 
     Raises:
-        StartupError: the file or its hash is missing, or they do not match.
+        StartupError: the file or its hash is missing, they do not match, or it is a link out of its folder.
     """
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise StartupError(f"model {path} is a link out of its folder; name the file it leads to")
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -32,8 +32,9 @@ _SAFETY = 2.0
 """Only what would be done in half the time it has is accepted: the prediction may be wrong by so much, and a queue longer
 than that makes nothing faster."""
 
-HANG_TIMEOUT_S = 30.0
-"""A worker busy with one batch for longer than this is taken for hung; the service then reports itself dead."""
+HANG_TIMEOUT_S = 5.0
+"""A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
+then reports itself dead. The largest picture accepted takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Scheduler:
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self.session, self.rule, self.limits = session, rule, limits
+        limits.apply_to_pillow()
         self.workers, self.max_batch, self.max_queue = workers, max_batch, max_queue
         self._on_batch = on_batch
         # None ends the worker that takes it. This queue's waiting and waking are the interpreter's own, a tenth of the
@@ -155,7 +157,7 @@ class Scheduler:
         if dead and not self._draining:
             return f"worker {', '.join(dead)} died"
         stuck_s = time.monotonic() - min(self._busy_since.copy().values(), default=math.inf)
-        return f"a worker has been busy with one batch for {stuck_s:.0f} s" if stuck_s > HANG_TIMEOUT_S else None
+        return f"a worker has been busy with one image or batch for {stuck_s:.0f} s" if stuck_s > HANG_TIMEOUT_S else None
 
     @property
     def draining(self) -> bool:
@@ -233,7 +235,7 @@ class Scheduler:
     def _decode(self, item: _Item) -> bool:
         if item.future.cancelled():
             return False
-        begin = time.monotonic()
+        begin = self._busy_since[threading.get_ident()] = time.monotonic()
         item.queue_s = begin - item.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
         if begin > item.deadline or (self.waiting() and begin + self._image_s > item.deadline):
@@ -251,7 +253,7 @@ class Scheduler:
         return True
 
     def _infer(self, group: list[_Item], explain: bool, alone: bool) -> None:
-        begin = time.monotonic()
+        begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
             logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images, alone=alone), None)

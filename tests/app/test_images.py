@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -140,6 +141,16 @@ def test_a_large_jpeg_is_read_at_reduced_scale_with_the_same_result():
 def test_too_many_pixels_or_too_long_a_side(size):
     with pytest.raises(ImageTooLarge, match=f"{size[0]} x {size[1]}"):
         decode(encode(Image.new("1", size), "PNG"))
+
+
+def test_a_frame_beyond_its_screen_is_refused_before_it_is_filled(monkeypatch):
+    """59 bytes, found by fuzzing: the screen is small, the first frame has 8 gigapixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    LIMITS.apply_to_pillow()
+    frame = struct.pack("<HHHH", 0, 63522, 65535, 65535)
+    data = b"GIF89a" + struct.pack("<HH", 32, 32) + b"\0\0\0" + b"," + frame + b"\0" + b"\2\2L\1\0;"
+    with pytest.raises(ImageTooLarge, match="CONVMIXER_MAX_PIXELS"):
+        decode_image(data, RULE, LIMITS)
 
 
 def test_other_bytes_are_no_image(picture):

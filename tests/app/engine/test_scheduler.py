@@ -243,7 +243,7 @@ def test_a_worker_that_hangs_is_seen(session, make, samples, monkeypatch):
     assert scheduler.failure() is None
     hold(session, scheduler, samples[0].data)
     monkeypatch.setattr("app.engine.scheduler.HANG_TIMEOUT_S", 0)
-    assert "busy with one batch" in scheduler.failure()
+    assert "busy with one image or batch" in scheduler.failure()
     session.gate.set()
 
 

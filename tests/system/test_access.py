@@ -1,0 +1,120 @@
+"""Who may ask what: API keys, the metrics' own port, origins, and which model files are taken."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import socket
+
+import httpx
+import onnx
+import pytest
+from onnx import external_data_helper
+
+from tests.server import ServerProcess
+
+WEBP = {"Content-Type": "image/webp"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text("from-file\n\n")
+    server = ServerProcess(api_keys="first, second", api_keys_file=str(path))
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+    assert "first" not in server.log
+
+
+@pytest.mark.parametrize("content_type", [WEBP, FORM, {"Content-Type": "application/json"}])
+@pytest.mark.parametrize("sent", ["", "Bearer wrong", "Bearer", "Basic first", "Bearer firs", "Bearer first2"])
+def test_without_a_key_nothing_is_classified(keyed, samples, content_type, sent):
+    headers = {**content_type, **({"Authorization": sent} if sent else {})}
+    response = httpx.post(f"{keyed}/classify", content=samples[0].data, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.json()["code"] == "unauthorized"
+
+
+@pytest.mark.parametrize("key", ["first", "second", "from-file"])
+def test_any_of_the_keys_opens_and_probes_need_none(keyed, samples, key):
+    headers = {"Authorization": f"Bearer {key}"}
+    assert httpx.post(f"{keyed}/classify", content=samples[0].data, headers=WEBP | headers).status_code == 200
+    assert httpx.post(f"{keyed}/classify", files={"images": samples[0].data}, headers=headers).status_code == 200
+    assert httpx.get(f"{keyed}/readyz").status_code == 200
+
+
+def test_an_empty_key_file_does_not_open_the_service(start, tmp_path):
+    (tmp_path / "keys").write_text("\n")
+    server = start(api_keys_file=tmp_path / "keys")
+    assert server.wait() != 0
+    assert "holds no key" in server.log
+    server = start(api_keys_file=tmp_path / "nowhere")
+    assert server.wait() != 0
+    assert "CONVMIXER_API_KEYS_FILE" in server.log
+
+
+def test_metrics_on_a_port_of_their_own(start, samples):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = start(metrics_port=port).wait_until_ready()
+    assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
+    assert httpx.get(f"{url}/metrics").status_code == 404
+    assert "convmixer_images_total 1.0" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    taken = start(metrics_port=port)
+    assert taken.wait() != 0
+    assert "CONVMIXER_METRICS_PORT" in taken.log
+
+
+def test_other_origins_only_if_set(start, base_url, samples):
+    origin = {"Origin": "https://shop.example"}
+    for url, allowed in ((base_url, None), (start(cors_origins="https://shop.example").wait_until_ready(), origin["Origin"])):
+        response = httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP | origin)
+        assert response.status_code == 200
+        assert response.headers.get("Access-Control-Allow-Origin") == allowed
+
+
+def refused(start, path) -> str:
+    server = start(model=path)
+    assert server.wait() != 0
+    assert "Traceback" not in server.log
+    return server.log
+
+
+def with_sum(path):
+    path.with_name(path.name + ".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_a_link_out_of_its_folder_is_refused_and_one_within_is_not(start, artifact_path, tmp_path):
+    inside, outside = tmp_path / "models", tmp_path / "elsewhere"
+    inside.mkdir()
+    outside.mkdir()
+    shutil.copy(artifact_path, outside / "fast.onnx")
+    (inside / "fast.onnx").symlink_to(outside / "fast.onnx")
+    assert "link out of its folder" in refused(start, with_sum(inside / "fast.onnx"))
+    # as Kubernetes mounts a ConfigMap
+    (inside / "..data").mkdir()
+    shutil.copy(artifact_path, inside / "..data" / "good.onnx")
+    (inside / "good.onnx").symlink_to(inside / "..data" / "good.onnx")
+    start(model=with_sum(inside / "good.onnx")).wait_until_ready()
+
+
+def test_weights_outside_the_file_unknown_operators_and_missing_metadata_are_refused(start, artifact_path, tmp_path):
+    external = onnx.load(artifact_path)
+    external_data_helper.convert_model_to_external_data(external, location="weights.bin", size_threshold=0)
+    onnx.save(external, tmp_path / "external.onnx")
+    assert "no model that onnxruntime can load" in refused(start, with_sum(tmp_path / "external.onnx"))
+
+    custom = onnx.load(artifact_path)
+    custom.graph.node[-1].domain = "com.stranger"
+    custom.opset_import.add(domain="com.stranger", version=1)
+    onnx.save(custom, tmp_path / "custom.onnx")
+    assert "no model that onnxruntime can load" in refused(start, with_sum(tmp_path / "custom.onnx"))
+
+    bare = onnx.load(artifact_path)
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
+    assert "no 'convmixer' metadata" in refused(start, with_sum(tmp_path / "bare.onnx"))
