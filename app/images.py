@@ -136,19 +136,19 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
 
 
 def _to_8_bit(image: Image.Image, warnings: list[str]) -> Image.Image:
-    """RGB, or RGBA where something is transparent."""
+    """RGB or grey, or RGBA where something is transparent. Grey stays grey until it is small: a quarter of the memory."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips 16-bit grey at 255 when it converts, which turns nearly every such picture white
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         warnings.append("16-bit grey was reduced to 8 bit")
     if image.has_transparency_data:
         return image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in {"RGB", "L"} else image.convert("RGB")
 
 
 def _compose_on_white(image: Image.Image, warnings: list[str]) -> Image.Image:
-    if image.mode == "RGB":
-        return image
+    if image.mode != "RGBA":
+        return image if image.mode == "RGB" else image.convert("RGB")
     if np.asarray(image.getchannel("A")).min() < 255:
         warnings.append("transparency was composed on white")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
