@@ -41,10 +41,12 @@ class Service:
         self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
         self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)
+        limits = DecodeLimits(settings.max_pixels, settings.max_side)
+        limits.apply_to_pillow()
         self.scheduler = Scheduler(
             self.session,
             self.metadata.resize,
-            DecodeLimits(settings.max_pixels, settings.max_side),
+            limits,
             workers=self.calibration.workers,
             max_batch=self.calibration.max_batch,
             max_queue=settings.max_queue,

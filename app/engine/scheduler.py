@@ -99,7 +99,6 @@ class Scheduler:
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self.session, self.rule, self.limits = session, rule, limits
-        limits.apply_to_pillow()
         self.workers, self.max_batch, self.max_queue = workers, max_batch, max_queue
         self._on_batch = on_batch
         # None ends the worker that takes it. This queue's waiting and waking are the interpreter's own, a tenth of the
