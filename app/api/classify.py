@@ -79,12 +79,15 @@ _EXAMPLE_ANSWER = {
 _BODY_SCHEMA: dict[str, Any] = {
     "required": True,
     "content": {
-        **{media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in RAW_TYPES},
+        **{media_type: {"schema": {"type": "string", "format": "binary", "minLength": 1}} for media_type in RAW_TYPES},
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "properties": {"images": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+                "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
                 "required": ["images"],
+                "additionalProperties": False,
+                "required": ["images"],
+                "additionalProperties": False,
             }
         },
         "application/json": {"schema": ClassifyJson.model_json_schema()},

@@ -98,6 +98,8 @@ def _open(model: VerifiedBytes, wanted: Literal["auto", "cpu", "cuda"]) -> tuple
         )
     if wanted == "cpu" or not has_cuda:
         return "cpu", _create(model, "cpu")
+    # CUDA's libraries from PyPI lie where the loader does not look; "" means there, and not where PyTorch has its own
+    onnxruntime.preload_dlls(directory="")
     session = _create(model, "cuda")
     # onnxruntime falls back to the CPU silently when CUDA's libraries or the device are missing
     if _PROVIDER_NAMES["cuda"] in session.get_providers():
