@@ -86,8 +86,6 @@ _BODY_SCHEMA: dict[str, Any] = {
                 "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
                 "required": ["images"],
                 "additionalProperties": False,
-                "required": ["images"],
-                "additionalProperties": False,
             }
         },
         "application/json": {"schema": ClassifyJson.model_json_schema()},
