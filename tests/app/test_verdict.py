@@ -1,5 +1,9 @@
+import base64
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
 from app.engine.scheduler import Outcome
@@ -51,6 +55,12 @@ def test_low_energy_is_called_none_of_the_classes(threshold, inside):
     assert answer["in_distribution"] is inside
     assert answer["in_distribution_score"] == pytest.approx(np.log(2 + np.exp(1.5)))
     assert answer["confidence"] == pytest.approx(0.69, abs=0.01)
+
+
+def test_a_heat_map_is_a_picture_too():
+    made = heat_map(np.array([[-2, 0], [2, 1], [0, 0]], np.float32), "a")
+    with Image.open(io.BytesIO(base64.b64decode(made["png"]))) as picture:
+        assert np.array_equal(np.asarray(picture), np.round(np.array(made["values"]) * 255))
 
 
 def test_heat_maps_span_zero_to_one_and_a_flat_one_is_zero():
