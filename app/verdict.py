@@ -63,7 +63,10 @@ def judge(outcome: Outcome, metadata: ArtifactMetadata, *, index: int, filename:
     prediction["label"] = classes[winner]
     prediction["confidence"] = probabilities[winner]
     if rule := metadata.out_of_distribution:
-        score = probabilities[winner] if rule.score == "max_probability" else energy(logits, metadata.temperature)
+        if outcome.similarity is not None:
+            score = outcome.similarity
+        else:
+            score = probabilities[winner] if rule.score == "max_probability" else energy(logits, metadata.temperature)
         prediction["in_distribution"] = score >= rule.threshold
         prediction["in_distribution_score"] = score
     prediction["top_k"] = [{"label": classes[i], "probability": probabilities[i]} for i in best]

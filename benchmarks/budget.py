@@ -74,7 +74,7 @@ async def measure() -> dict[str, float]:
     body = sorted(PHOTOS.glob("*/*.webp"))[0].read_bytes()
     rule, limits = service.metadata.resize, DecodeLimits(10**7, 10**4)
     pixels = decode_image(body, rule, limits).pixels[np.newaxis]
-    outcome = Outcome(service.session.infer(pixels)[0], None, (), 0.001, 0.001, 0.005, 1)
+    outcome = Outcome(service.session.infer(pixels).logits[0], None, None, (), 0.001, 0.001, 0.005, 1)
 
     real: Scheduler = service.scheduler
     answering = Answering()

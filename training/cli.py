@@ -1,4 +1,4 @@
-"""The `convmixer-train` command: train, evaluate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The `convmixer-train` command: train, evaluate, calibrate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -87,6 +87,19 @@ def evaluate(
     path = output or checkpoint.with_name("evaluation.json")
     report = run(checkpoint, data, path, _usable_device(device))
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint; it is rewritten.")],
+    data: DataOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Fit temperature and rejection thresholds anew on the held-out slice; `train` does it once at its end."""
+    from training.calibrate import recalibrate
+
+    figures = recalibrate(checkpoint, data, _usable_device(device))
+    typer.echo(f"temperature {figures['temperature']:.3f}; evaluate and export {checkpoint} again")
 
 
 @app.command()

@@ -16,11 +16,11 @@ from model.export import METADATA_KEY, ExportError, ParityReport, export
 from training.data import load_images
 from training.errors import DataError
 
-RESIZE = {"mode": "crop", "filter": "bicubic"}
+RESIZE = {"mode": "crop", "filter": "bilinear"}
 """How the service brings other shapes to the input size; `training.data` does the same."""
 
-SCORE = "max_probability"
-"""How the service tells pictures of none of the classes."""
+SCORE = "feature_similarity"
+"""How the service tells pictures of none of the classes: the best of three, docs/training.md."""
 
 
 def export_artifact(

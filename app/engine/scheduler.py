@@ -44,6 +44,7 @@ class Outcome:
     Attributes:
         logits: float32 [C].
         class_maps: float32 [C, h, w], or None if not asked for.
+        similarity: to the training images, or None if the artifact's score needs none.
         warnings: of the decoder.
         queue_s: seconds spent waiting.
         decode_s: seconds spent decoding this image.
@@ -53,6 +54,7 @@ class Outcome:
 
     logits: NDArray[np.float32]
     class_maps: NDArray[np.float32] | None
+    similarity: float | None
     warnings: tuple[str, ...]
     queue_s: float
     decode_s: float
@@ -255,9 +257,9 @@ class Scheduler:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
-            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images, alone=alone), None)
-            if len(logits) != len(group):
-                raise RuntimeError(f"{len(group)} images gave {len(logits)} answers")
+            answers = self.session.infer(images, explain=explain, alone=alone)
+            if len(answers.logits) != len(group):
+                raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
         except Exception as error:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 for item in group:
@@ -269,8 +271,9 @@ class Scheduler:
         infer_s = time.monotonic() - begin
         outcomes = [
             Outcome(
-                logits[i],
-                None if class_maps is None else class_maps[i],
+                answers.logits[i],
+                None if answers.class_maps is None else answers.class_maps[i],
+                None if answers.similarity is None else float(answers.similarity[i]),
                 item.decoded.warnings if item.decoded else (),
                 item.queue_s,
                 item.decode_s,

@@ -25,8 +25,8 @@ def metadata(threshold: float | None, score: str = "max_probability") -> Artifac
     )
 
 
-def outcome(*logits: float) -> Outcome:
-    return Outcome(np.array(logits, np.float32), None, ("note",), 0, 0, 0, 1)
+def outcome(*logits: float, similarity: float | None = None) -> Outcome:
+    return Outcome(np.array(logits, np.float32), None, similarity, ("note",), 0, 0, 0, 1)
 
 
 def test_softmax_divides_by_the_temperature_and_survives_large_logits():
@@ -55,6 +55,13 @@ def test_low_energy_is_called_none_of_the_classes(threshold, inside):
     assert answer["in_distribution"] is inside
     assert answer["in_distribution_score"] == pytest.approx(np.log(2 + np.exp(1.5)))
     assert answer["confidence"] == pytest.approx(0.69, abs=0.01)
+
+
+@pytest.mark.parametrize(("threshold", "inside"), [(0.7, True), (0.8, False)])
+def test_features_unlike_every_class_are_called_none_of_the_classes(threshold, inside):
+    rule = metadata(threshold, "feature_similarity")
+    answer = judge(outcome(0, 3, 0, similarity=0.75), rule, index=0, filename=None, top_k=1)
+    assert (answer["in_distribution"], answer["in_distribution_score"]) == (inside, 0.75)
 
 
 def test_a_heat_map_is_a_picture_too():

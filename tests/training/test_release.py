@@ -42,7 +42,7 @@ def metadata(artifact: Path) -> dict[str, Any]:
 def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
     found, evaluation = metadata(artifact), json.loads(evaluated.with_name("evaluation.json").read_text())
     assert {key: found[key] for key in NAMED} == NAMED
-    assert found["resize"] == {"mode": "crop", "filter": "bicubic"}
+    assert found["resize"] == {"mode": "crop", "filter": "bilinear"}
     assert found["checkpoint_sha256"] == evaluation["checkpoint_sha256"]
     assert found["test"] == {
         key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")

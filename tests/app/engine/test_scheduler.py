@@ -32,14 +32,14 @@ class GatedSession(Session):
         self.batches.clear()
         self.alone.clear()
 
-    def infer(self, images, *, alone=False):
+    def infer(self, images, *, explain=False, alone=False):
         self.batches.append(len(images))
         self.alone.append(alone)
         self.entered.set()
         assert self.gate.wait(TIMEOUT_S)
         if self.poison is not None and any(np.array_equal(image, self.poison) for image in images):
             raise RuntimeError("poisoned")
-        return super().infer(images, alone=alone)
+        return super().infer(images, explain=explain, alone=alone)
 
 
 @pytest.fixture
