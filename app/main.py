@@ -57,7 +57,7 @@ def create_app(settings: Settings | None = None) -> App:
     )
     app.include_router(classify.router)
     app.include_router(health.router)
-    app.include_router(pages.router)
+    app.router.routes.extend(pages.ROUTES)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app.service import Service
-
-router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).parent.parent / "web"
 
@@ -36,7 +35,6 @@ _HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked for each time: after an update nobody sees old parts with new ones
     "Vary": "Accept-Encoding",
 }
-_GET = ["GET", "HEAD"]
 
 
 @dataclass(frozen=True)
@@ -56,22 +54,19 @@ class Asset:
     media_type: str
 
 
-# Not coroutines: FastAPI runs them on a thread, so that reading and compressing never hold up the event loop.
+# Not coroutines: Starlette runs these on a thread, so that reading and compressing never hold up the event loop.
 
 
-@router.api_route("/", methods=_GET)
 def home(request: Request) -> Response:
     """The page to try the model."""
     return _send(request, _page("What is in the picture?", WEB / "index.html"))
 
 
-@router.api_route("/docs", methods=_GET)
 def documentation(request: Request) -> Response:
     """The API, drawn from `/openapi.json`."""
     return _send(request, _page("API", WEB / "docs.html"))
 
 
-@router.api_route("/card", methods=_GET)
 def card(request: Request) -> Response:
     """The model card that lies beside the artifact, as `convmixer-train card` writes it."""
     service: Service = request.state.service
@@ -81,13 +76,17 @@ def card(request: Request) -> Response:
     return _send(request, _page("Model card", WEB / "no-card.html"), HTTPStatus.NOT_FOUND)
 
 
-@router.api_route("/web/{name:path}", methods=_GET)
-def file(request: Request, name: str) -> Response:
+def file(request: Request) -> Response:
     """A style sheet, script or picture of the pages."""
+    name = request.path_params["name"]
     path = _files().get(name)
     if path is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no file {name!r} among the pages' files")
     return _send(request, _asset(path))
+
+
+ROUTES = [Route("/", home), Route("/card", card), Route("/docs", documentation), Route("/web/{name:path}", file)]
+"""Not FastAPI's kind: they have no parameters to examine and no place in the schema."""
 
 
 @functools.cache

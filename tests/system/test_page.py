@@ -26,6 +26,7 @@ from tests.server import ServerProcess
 
 WEBP = {"Content-Type": "image/webp"}
 BROKEN = b"\x89PNG\r\n\x1a\n and then no picture"
+TIMEOUT_MS = 30_000
 PAGES = ("/", "/card", "/docs")
 HOSTILE_NAME = "<img src=x onerror=alert(1)>.png"
 
@@ -50,6 +51,7 @@ COLOURS = """canvas => {
 def browser():
     if find_chromium() is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium, or set CHROMIUM to its path")
+    expect.set_options(timeout=TIMEOUT_MS)
     with open_browser() as browser:
         yield browser
 
@@ -62,7 +64,7 @@ def open_page(browser, base_url):
     def open_one(path="/", url=base_url, **settings):
         contexts.append(browser.new_context(viewport=settings.pop("viewport", {"width": 1280, "height": 900}), **settings))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(TIMEOUT_MS)
         page.on("console", lambda message: complaints.append(message.text) if message.type in {"error", "warning"} else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: addresses.append((request.url, url)))
