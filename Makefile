@@ -8,7 +8,7 @@ RUN ?= runs/train
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
 
-.PHONY: help serve test lint format train evaluate export bench torture docker pins sbom audit clean
+.PHONY: help serve test lint format train evaluate export bench torture screenshot docker pins sbom audit clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ bench: .venv/.dev  ## Server against the in-process limit, side by side (about t
 
 torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
 	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
+
+screenshot: .venv/.dev  ## Take docs/images/page.png anew; needs Chromium (apt-get install chromium fonts-inter)
+	$(BIN)/python -m tests.screenshot docs/images/page.png
 
 docker:  ## Build the image
 	docker build -t convmixer-serve .

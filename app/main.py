@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
-from app.api import classify, health, problems
+from app.api import classify, health, pages, problems
 from app.errors import StartupError
 from app.protection import ApiKeys, App, RequestGuard, Scope
 from app.service import Service
@@ -51,10 +51,13 @@ def create_app(settings: Settings | None = None) -> App:
         version=__version__,
         summary="Image classification with ConvMixer",
         lifespan=lifespan,
+        docs_url=None,  # `pages` has its own: FastAPI's loads its scripts from another host
+        redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.include_router(classify.router)
     app.include_router(health.router)
+    app.router.routes.extend(pages.ROUTES)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)

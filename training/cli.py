@@ -128,11 +128,11 @@ def card(
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Markdown file; pictures go to images/ beside it.")] = Path("docs/model-card.md"),
 ) -> None:
-    """Write the model card with its pictures."""
+    """Write the model card with its pictures, and as HTML beside the artifact, where the service shows it."""
     from training.release import write_card_for
 
     write_card_for(checkpoint, artifact, data, output)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {output} and {artifact.with_suffix('.card.html')}")
 
 
 @app.command()
