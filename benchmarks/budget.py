@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from app.engine.scheduler import Outcome, Scheduler
+from app.engine.scheduler import Outcome, Scheduler, Timing
 from app.errors import Overloaded
 from app.images import DecodeLimits, decode_image
 from app.server import Protocol
@@ -74,7 +74,7 @@ async def measure() -> dict[str, float]:
     body = sorted(PHOTOS.glob("*/*.webp"))[0].read_bytes()
     rule, limits = service.metadata.resize, DecodeLimits(10**7, 10**4)
     pixels = decode_image(body, rule, limits).pixels[np.newaxis]
-    outcome = Outcome(service.session.infer(pixels)[0], None, (), 0.001, 0.001, 0.005, 1)
+    outcome = Outcome(service.session.infer(pixels)[0], None, (), Timing(0.0, 0.001, 0.001, 0.002, 0.005, 1))
 
     real: Scheduler = service.scheduler
     answering = Answering()
