@@ -1,9 +1,9 @@
 """Metrics for Prometheus, in the names and units of its conventions; docs/observability.md lists them all.
 
 What is counted for each image is kept in plain numbers under one lock and becomes Prometheus' text at the scrape:
-prometheus_client's own counters and histograms cost 15 µs a request, these 4 (`python -m benchmarks.budget`). Every histogram
-has fixed buckets, so those of all replicas add up, and no label has more values than are listed in this file, but for
-the model's classes, of which `MAX_CLASSES` are told apart.
+prometheus_client's own counters and histograms took 7 µs a request for half of it, these 3 (`python -m benchmarks.budget`).
+Every histogram has fixed buckets, so those of all replicas add up. No client can make up a label's value; of the model's
+classes `MAX_CLASSES` are told apart.
 """
 
 from __future__ import annotations
