@@ -1,11 +1,13 @@
 # The service on a CPU: a virtual environment with app/ and the [cpu] dependencies, and nothing else.
 # The base is any Debian with Python 3.11 or newer and pip. Another package index: --build-arg PIP_INDEX_URL=…
+# Traces for OpenTelemetry: --build-arg EXTRAS="cpu otel"
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
+ARG EXTRAS=cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 
@@ -14,10 +16,11 @@ WORKDIR /build
 COPY pyproject.toml constraints.txt ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 print(*p['build-system']['requires'], sep='\n', file=open('build.txt', 'w')); \
-print(*p['project']['dependencies'], *p['project']['optional-dependencies']['cpu'], sep='\n', file=open('cpu.txt', 'w'))" \
+extras = p['project']['optional-dependencies']; \
+print(*p['project']['dependencies'], *[r for name in '$EXTRAS'.split() for r in extras[name]], sep='\n', file=open('serve.txt', 'w'))" \
  && python3 -m pip install --no-cache-dir -c constraints.txt -r build.txt \
  && python3 -m venv --without-pip /opt/venv \
- && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir -c constraints.txt -r cpu.txt \
+ && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir -c constraints.txt -r serve.txt \
  && find /opt/venv/lib/*/site-packages/numpy -type d -name tests -prune -exec rm -r {} + \
  && rm -r /opt/venv/lib/*/site-packages/onnxruntime/transformers \
           /opt/venv/lib/*/site-packages/onnxruntime/tools \

@@ -53,7 +53,11 @@ def serve(
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    run(create_app(settings), settings)
+    try:
+        run(create_app(settings), settings)
+    except StartupError as error:
+        logging.getLogger(__name__).critical("the service does not start: %s", error)
+        raise SystemExit(1) from error
 
 
 @app.command()

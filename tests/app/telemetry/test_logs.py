@@ -47,11 +47,12 @@ def test_text_lines_cannot_move_the_cursor():
     assert line.endswith(r"INFO    app.test: GET /\x1b[2J\n/forged line request_id=abc")
 
 
-def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(pipe):
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(pipe, blocking):
     reading, writing = pipe
     handler = BackgroundHandler(writing, capacity=50)
     handler.setFormatter(JsonFormatter())
-    os.set_blocking(writing, True)
+    os.set_blocking(writing, blocking)
     lines = 5000
     for number in range(lines):  # 600 kB, a pipe holds 64: a handler that writes itself would stop here for ever
         handler.handle(record("%d %s", number, "x" * 100))

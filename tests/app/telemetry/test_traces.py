@@ -6,8 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
-from app.telemetry.traces import asked_for, open_traces
+from app.telemetry.exchange import Exchange
+from app.telemetry.traces import Traces, asked_for, open_traces
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
 
@@ -50,3 +55,23 @@ def test_nobody_who_does_not_ask_pays():
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter', 'requests'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_defect_is_recorded_with_its_trace():
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    traces = Traces(provider, exporter)
+    try:
+        raise ZeroDivisionError("a defect")
+    except ZeroDivisionError as error:
+        traces(Exchange("POST", "/classify", None, (), "id", 1.0, 500, code="internal_error", error=error, route="/classify"))
+    traces(Exchange("GET", "/readyz", None, (), "id", 1.0, 200))
+    (span,) = exporter.get_finished_spans()
+    assert span.status.status_code == StatusCode.ERROR
+    assert span.attributes
+    assert span.attributes["error.type"] == "internal_error"
+    (event,) = span.events
+    assert event.attributes
+    assert "test_traces.py" in str(event.attributes["exception.stacktrace"])
+    traces.close()
