@@ -22,6 +22,7 @@ SLOW_S = 1.0
 
 _ORDINARY = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}
 _LONGEST_PATH = 256
+_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps would make an encoder for each line
 
 
 class JsonFormatter(logging.Formatter):
@@ -34,7 +35,7 @@ class JsonFormatter(logging.Formatter):
         entry |= extra(record)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return _to_json(entry)
 
 
 class TextFormatter(logging.Formatter):
