@@ -55,8 +55,8 @@ docker:  ## Build the image
 
 PIN = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --python-platform linux --python-version 3.11 --no-annotate --no-header
 pins: .venv/.release  ## Pin what the images install, with hashes, from pyproject.toml and constraints.txt
-	$(PIN) pyproject.toml --extra cpu --output-file requirements/cpu.txt
-	$(PIN) pyproject.toml --extra cuda --output-file requirements/gpu.txt
+	$(PIN) pyproject.toml --extra cpu --extra otel --output-file requirements/cpu.txt
+	$(PIN) pyproject.toml --extra cuda --extra otel --output-file requirements/gpu.txt
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" | $(PIN) - --output-file requirements/build.txt
 
 sbom: .venv/.release  ## Write sbom.cdx.json: what the CPU image holds (CycloneDX)

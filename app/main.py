@@ -14,9 +14,12 @@ from starlette.middleware.cors import CORSMiddleware
 from app import __version__
 from app.api import classify, health, pages, problems
 from app.errors import StartupError
-from app.protection import ApiKeys, App, RequestGuard, Scope
+from app.protection import PROTECTED, ApiKeys, App, RequestGuard, Scope
 from app.service import Service
 from app.settings import Settings
+from app.telemetry.exchange import Exchange
+from app.telemetry.logs import AccessLog
+from app.telemetry.traces import open_traces
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +42,14 @@ def create_app(settings: Settings | None = None) -> App:
         try:
             service = Service(settings)
             close_metrics = _serve_metrics(settings, service)
+            close_traces = _watch(settings, service)
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
         yield {"service": service}
         close_metrics()
         await run_in_threadpool(service.close)
+        await run_in_threadpool(close_traces)
 
     app = FastAPI(
         title="convmixer-serve",
@@ -71,7 +76,7 @@ def create_app(settings: Settings | None = None) -> App:
         keys=ApiKeys(settings.keys()),
         max_body_bytes=settings.max_body_bytes,
         answer_failure=problems.answer_failure,
-        on_response=_count,
+        on_response=_tell,
     )
 
 
@@ -91,7 +96,18 @@ def _serve_metrics(settings: Settings, service: Service) -> Callable[[], None]:
     return close
 
 
-def _count(scope: Scope, status: int) -> None:
-    if scope["path"] == "/classify":
-        service: Service = scope["state"]["service"]
-        service.metrics.count_request(status)
+def _watch(settings: Settings, service: Service) -> Callable[[], None]:
+    """Opens traces and access log, if asked for; returns what sends the last of the traces."""
+    traces = open_traces()
+    if traces:
+        service.watchers.append(traces)  # first: the log then has its trace id
+    if settings.access_log != "off":
+        service.watchers.append(AccessLog(settings.access_log))
+    return traces.close if traces else lambda: None
+
+
+def _tell(scope: Scope, exchange: Exchange) -> None:
+    service: Service = scope["state"]["service"]
+    if scope["path"].startswith(PROTECTED):
+        service.metrics.count_request(exchange.status)
+    service.tell(exchange)

@@ -64,6 +64,13 @@ class Settings(BaseModel):
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines as JSON objects or as text; `auto`: text if standard error is a terminal."
+    )
+    access_log: Literal["off", "errors", "all"] = Field(
+        "errors",
+        description="Which requests get a log line. `errors`: those that failed, but for refusals (503), or took over 1 s.",
+    )
 
     @classmethod
     def load(cls, **overrides: object) -> Settings:

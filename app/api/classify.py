@@ -23,12 +23,21 @@ from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.problems import CLIENT_LEFT, problem_response
-from app.engine.scheduler import Outcome
-from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
+from app.api.problems import problem_response
+from app.engine.scheduler import Outcome, Timing
+from app.errors import (
+    CLIENT_LEFT,
+    DeadlineExceeded,
+    MalformedRequest,
+    ServiceError,
+    TooManyImages,
+    UndecodableImage,
+    UnsupportedMediaType,
+)
 from app.protection import Receive
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service
+from app.telemetry.exchange import Exchange
 from app.verdict import judge
 
 router = APIRouter()
@@ -130,18 +139,17 @@ async def classify(
     are answered; if all are bad, the request fails.
     """
     service: Service = request.state.service
-    begin = time.monotonic()
     uploads = await _read_uploads(request, service.settings.max_images)
     wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
     leaving = asyncio.ensure_future(client_leaves(request.receive))
     try:
-        return await answer(service, uploads, wanted, begin, request.state.request_id, leaving)
+        return await answer(service, uploads, wanted, request.state.exchange, leaving)
     finally:
         leaving.cancel()
 
 
 async def answer(
-    service: Service, uploads: list[Upload], wanted: Wanted, begin: float, request_id: str, leaving: asyncio.Future[None]
+    service: Service, uploads: list[Upload], wanted: Wanted, exchange: Exchange, leaving: asyncio.Future[None]
 ) -> Response:
     """Classifies what was read.
 
@@ -149,14 +157,13 @@ async def answer(
         service: the running service.
         uploads: the request's images.
         wanted: the request's parameters.
-        begin: time.monotonic() at which the body began to arrive.
-        request_id: for the answer.
+        exchange: the request; learns its images' times and why it failed.
         leaving: done when the client has left; work that has not begun is dropped then.
 
     Raises:
         ServiceError: the request as a whole failed.
     """
-    timeout_s = wanted.deadline_ms / 1000 - (time.monotonic() - begin)
+    timeout_s = wanted.deadline_ms / 1000 - (time.monotonic() - exchange.begin)
     if timeout_s <= 0:
         raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
     good = [upload.data for upload in uploads if upload.error is None]
@@ -167,29 +174,36 @@ async def answer(
         return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
 
     predictions: list[Prediction] = []
-    outcomes: list[Outcome] = []
+    answered = False
+    timings: list[Timing] = []
     errors: list[ServiceError] = []
     done = iter(futures)
     for index, upload in enumerate(uploads):
         result = upload.error or _result(next(done))
         if isinstance(result, Outcome):
-            outcomes.append(result)
+            answered = True
+            timings.append(result.timing)
             predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
-            service.metrics.failures.labels(result.code).inc()
+            service.metrics.count_failure(result.code)
+            if result.timing:
+                timings.append(result.timing)
             predictions.append(item_error(index, upload.filename, result))
         else:
             raise result
-    service.metrics.request_s.observe(time.monotonic() - begin)
-    if not outcomes:
-        return _all_failed(errors, predictions, request_id)
+    exchange.timings = timings
+    if not answered:
+        exchange.code, exchange.error = errors[0].code, errors[0]
+        return _all_failed(errors, predictions, exchange.request_id)
     body: ClassifyAnswer = {
         "model": {"name": service.metadata.name, "version": service.metadata.version},
         "predictions": predictions,
-        "request_id": request_id,
+        "request_id": exchange.request_id,
     }
-    return Response(to_json(body), headers={"Server-Timing": server_timing(outcomes)}, media_type="application/json")
+    content = to_json(body)
+    service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
+    return Response(content, media_type="application/json")
 
 
 async def _all_done(futures: list[Future[Outcome]]) -> None:
@@ -294,13 +308,3 @@ def _all_failed(errors: list[ServiceError], predictions: list[Prediction], reque
     summary = errors[0] if same else UndecodableImage("")
     summary = type(summary)(f"all {len(errors)} images failed; `predictions` has each one's reason")
     return problem_response(summary, request_id, predictions)
-
-
-def server_timing(outcomes: list[Outcome]) -> str:
-    """The slowest image's time in each stage, in milliseconds (W3C Server Timing).
-
-    Args:
-        outcomes: of one request, at least one.
-    """
-    decode_s, queue_s, infer_s = map(max, zip(*((o.decode_s, o.queue_s, o.infer_s) for o in outcomes), strict=True))
-    return f"decode;dur={decode_s * 1000:.2f}, queue;dur={queue_s * 1000:.2f}, infer;dur={infer_s * 1000:.2f}"

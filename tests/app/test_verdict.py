@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
-from app.engine.scheduler import Outcome
+from app.engine.scheduler import Outcome, Timing
 from app.images import ResizeRule
 from app.verdict import energy, heat_map, judge, softmax
 
@@ -26,7 +26,7 @@ def metadata(threshold: float | None, score: str = "max_probability") -> Artifac
 
 
 def outcome(*logits: float, similarity: float | None = None) -> Outcome:
-    return Outcome(np.array(logits, np.float32), None, similarity, ("note",), 0, 0, 0, 1)
+    return Outcome(np.array(logits, np.float32), None, similarity, ("note",), Timing(0))
 
 
 def test_softmax_divides_by_the_temperature_and_survives_large_logits():

@@ -80,7 +80,7 @@ def test_images_meet_in_batches_and_keep_their_order(session, make, samples):
     session.gate.set()
     results = [f.result(TIMEOUT_S) for f in futures]
     assert session.batches == [4, 4, 1]
-    assert [r.batch_size for r in results] == [4] * 8 + [1]
+    assert [r.timing.batch_size for r in results] == [4] * 8 + [1]
     for expected, result in zip(alone, results, strict=True):
         assert np.allclose(expected, result.logits, atol=1e-4)
     assert first.result(TIMEOUT_S).class_maps is None
@@ -149,7 +149,7 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_inference(session, make, s
     session.batches.clear()
     session.gate.set()
     assert isinstance(late.exception(TIMEOUT_S), DeadlineExceeded)
-    assert patient.result(TIMEOUT_S).batch_size == 1
+    assert patient.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -178,7 +178,7 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
     assert gone.cancel()
     session.batches.clear()
     session.gate.set()
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     with pytest.raises(CancelledError):
         gone.result(TIMEOUT_S)
 
@@ -198,7 +198,7 @@ def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make
     assert gone.cancel()
     go_on.set()
     (stays,) = scheduler.submit([samples[1].data])
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -207,7 +207,7 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     first = hold(session, scheduler, samples[0].data)
     second = hold(session, scheduler, samples[1].data)
     session.gate.set()
-    assert first.result(TIMEOUT_S).batch_size == second.result(TIMEOUT_S).batch_size == 1
+    assert first.result(TIMEOUT_S).timing.batch_size == second.result(TIMEOUT_S).timing.batch_size == 1
     assert session.alone == [True, False]
 
 
