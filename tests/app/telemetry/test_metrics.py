@@ -13,7 +13,7 @@ def lines(registry, name: str) -> list[str]:
 
 
 def outcome(queue_s: float, decode_s: float = 0.001, infer_s: float = 0.002) -> Outcome:
-    return Outcome(None, None, (), Timing(0.0, queue_s, decode_s, 1.0, infer_s, 1))  # type: ignore[arg-type]
+    return Outcome(None, None, None, (), Timing(0.0, queue_s, decode_s, 1.0, infer_s, 1))  # type: ignore[arg-type]
 
 
 def test_histograms_are_what_prometheus_client_would_have_counted():
