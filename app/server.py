@@ -109,6 +109,7 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.url = b""  # uvicorn's, of the request that came last
         self.service: Service = app_state["service"]
         self.settings = self.service.settings
         self.receive_by: float | None = None
@@ -243,7 +244,8 @@ class Protocol(HttpToolsProtocol):
         else:
             if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
                 request_id = choose_request_id(b"")
-                self.write(problem_response(error, request_id), request_id, keep_alive=False)
+                path = self.url.decode("latin-1")
+                self.write(problem_response(path, error, request_id), request_id, keep_alive=False)
             self.transport.close()
 
     def write(self, response: Response, request_id: str, *, keep_alive: bool) -> None:
@@ -417,7 +419,7 @@ class RawImageRequest:
         """
         self.keep_alive = self.keep_alive and keep_alive
         if isinstance(error, ServiceError):
-            response = problem_response(error, self.request_id)
+            response = problem_response("/classify", error, self.request_id)
             if error.per_item:
                 self.protocol.service.metrics.failures.labels(error.code).inc()
         else:
