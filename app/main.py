@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
 from app.api import classify, health, problems
+from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
 from app.protection import ApiKeys, App, RequestGuard, Scope
 from app.service import Service
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> App:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.include_router(classify.router)
+    app.include_router(open_inference.router)
     app.include_router(health.router)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
@@ -89,6 +91,7 @@ def _serve_metrics(settings: Settings, service: Service) -> Callable[[], None]:
 
 
 def _count(scope: Scope, status: int) -> None:
-    if scope["path"] == "/classify":
+    path: str = scope["path"]
+    if path == "/classify" or (path.startswith("/v2/models/") and path.endswith("/infer")):
         service: Service = scope["state"]["service"]
         service.metrics.count_request(status)

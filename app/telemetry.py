@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("convmixer_requests", "Requests to /classify by HTTP status.", ["status"], registry=self.registry)
+        self.requests = Counter("convmixer_requests", "Requests to classify by HTTP status.", ["status"], registry=self.registry)
         # finding a label's counter takes longer than counting
         self._requests_by_status = functools.cache(lambda status: self.requests.labels(str(status)))
         self.failures = Counter(
