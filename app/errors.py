@@ -102,6 +102,13 @@ class InvalidParameter(ServiceError):
     code = "invalid_parameter"
 
 
+class UnknownModel(ServiceError):
+    """The Open Inference Protocol's path names another model or version than the one that is served."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "unknown_model"
+
+
 class Unauthorized(ServiceError):
     """API keys are set and the request has none of them."""
 

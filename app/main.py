@@ -13,8 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
 from app.api import classify, health, pages, problems
+from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.protection import PROTECTED, ApiKeys, App, RequestGuard, Scope
+from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.exchange import Exchange
@@ -61,6 +62,7 @@ def create_app(settings: Settings | None = None) -> App:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.include_router(classify.router)
+    app.include_router(open_inference.router)
     app.include_router(health.router)
     app.router.routes.extend(pages.ROUTES)
     if settings.metrics_port is None:
@@ -108,6 +110,6 @@ def _watch(settings: Settings, service: Service) -> Callable[[], None]:
 
 def _tell(scope: Scope, exchange: Exchange) -> None:
     service: Service = scope["state"]["service"]
-    if scope["path"].startswith(PROTECTED):
+    if classifies(scope["path"]):
         service.metrics.count_request(exchange.status)
     service.tell(exchange)

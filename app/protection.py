@@ -11,7 +11,8 @@ import hmac
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from app.errors import BodyTooLarge, Overloaded, ServiceError, Unauthorized
@@ -23,10 +24,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PROTECTED = ("/classify", "/v2")
-"""Paths that ask for a key, if there are keys: what costs the machine's time."""
+PROTECTED = ("/classify", "/v2/models")
+"""Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+def classifies(path: str) -> bool:
+    """Whether requests to this path are work for the model: those that metrics count and traces show."""
+    return path == "/classify" or (path.startswith("/v2/models/") and path.endswith("/infer"))
 
 
 def choose_request_id(sent: bytes) -> str:
@@ -62,6 +68,21 @@ class ByteBudget:
     def give_back(self, count: int) -> None:
         """Counts bytes that are no longer held."""
         self.held -= count
+
+    @contextmanager
+    def loan(self) -> Iterator[Callable[[int], None]]:
+        """Gives a `take` of its own, and gives back at the end what was taken with it."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            taken += count
+            self.take(count)
+
+        try:
+            yield take
+        finally:
+            self.give_back(taken)
 
 
 class ApiKeys:

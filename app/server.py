@@ -110,6 +110,7 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.url = b""  # uvicorn's, of the request that came last
         self.service: Service = app_state["service"]
         self.settings = self.service.settings
         self.receive_by: float | None = None
@@ -250,7 +251,7 @@ class Protocol(HttpToolsProtocol):
     def _answer_nothing(self, error: ServiceError) -> None:
         """Answers where there is no whole request."""
         exchange = Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
-        response = problem_response(error, exchange.request_id)
+        response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
         self.write(response, exchange.request_id, keep_alive=False)
         exchange.finish(response.status_code, len(response.body))
         self.service.metrics.count_failure(error.code, error.reason)
@@ -435,7 +436,7 @@ class RawImageRequest:
             code, reason = error.code, error.reason
             timings = (error.timing,) if error.timing else ()
             timing = server_timing(timings, time.monotonic() - self.begin)
-            response = problem_response(error, self.request_id, timing=timing)
+            response = problem_response("/classify", error, self.request_id, timing=timing)
         else:
             code, reason = ServiceError.code, None
             response = defect_response("/classify", error, self.request_id)

@@ -13,6 +13,7 @@ from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session, available_cores
+from app.engine.statistics import InferenceStatistics
 from app.images import DecodeLimits
 from app.protection import ApiKeys, ByteBudget
 from app.settings import Settings
@@ -44,6 +45,7 @@ class Service:
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)
         self.watchers: list[Callable[[Exchange], None]] = []
+        self.statistics = InferenceStatistics()
         self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
         self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)

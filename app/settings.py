@@ -54,7 +54,8 @@ class Settings(BaseModel):
     receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
     drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
     api_keys: SecretStr | None = Field(
-        None, description="Keys, separated by commas, one of which /classify then asks for (`Authorization: Bearer KEY`)."
+        None,
+        description="Keys, separated by commas, one of which /classify and /v2/models ask for (`Authorization: Bearer KEY`).",
     )
     api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
     metrics_port: int | None = Field(

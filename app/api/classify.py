@@ -6,35 +6,24 @@ chooses between these three; what kind of image it is, the bytes say.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-import itertools
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from app.api.inference import DeadlineHeader, infer, read_body
 from app.api.problems import problem_response
 from app.engine.scheduler import Outcome, Timing
-from app.errors import (
-    CLIENT_LEFT,
-    DeadlineExceeded,
-    MalformedRequest,
-    ServiceError,
-    TooManyImages,
-    UndecodableImage,
-    UnsupportedMediaType,
-)
-from app.protection import Receive
+from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service
 from app.telemetry.exchange import Exchange
@@ -131,7 +120,7 @@ async def classify(
     request: Request,
     top_k: Annotated[int, Query(ge=1, le=1000, description="Classes listed for each image, at most all.")] = 5,
     explain: Annotated[bool, Query(description="Add a heat map of the evidence for the predicted class.")] = False,
-    x_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")] = None,
+    x_deadline_ms: DeadlineHeader = None,
 ) -> Response:
     """Send one image as the raw body, one or many as `multipart/form-data`, or base64 strings as JSON.
 
@@ -141,45 +130,27 @@ async def classify(
     service: Service = request.state.service
     uploads = await _read_uploads(request, service.settings.max_images)
     wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
-    leaving = asyncio.ensure_future(client_leaves(request.receive))
-    try:
-        return await answer(service, uploads, wanted, request.state.exchange, leaving)
-    finally:
-        leaving.cancel()
-
-
-async def answer(
-    service: Service, uploads: list[Upload], wanted: Wanted, exchange: Exchange, leaving: asyncio.Future[None]
-) -> Response:
-    """Classifies what was read.
-
-    Args:
-        service: the running service.
-        uploads: the request's images.
-        wanted: the request's parameters.
-        exchange: the request; learns its images' times and why it failed.
-        leaving: done when the client has left; work that has not begun is dropped then.
-
-    Raises:
-        ServiceError: the request as a whole failed.
-    """
-    timeout_s = wanted.deadline_ms / 1000 - (time.monotonic() - exchange.begin)
-    if timeout_s <= 0:
-        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
     good = [upload.data for upload in uploads if upload.error is None]
-    futures = service.scheduler.submit(good, explain=wanted.explain, timeout_s=timeout_s) if good else []
-    leaving.add_done_callback(lambda _: [future.cancel() for future in futures])
-    await _all_done(futures)
-    if leaving.done():
-        return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
+    exchange: Exchange = request.state.exchange
+    results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
+    return _answer(service, uploads, results, wanted, exchange)
 
+
+def _answer(
+    service: Service,
+    uploads: list[Upload],
+    results: list[Outcome | BaseException],
+    wanted: Wanted,
+    exchange: Exchange,
+) -> Response:
+    """Puts what the engine said of the good uploads among the errors of the others."""
     predictions: list[Prediction] = []
     answered = False
     timings: list[Timing] = []
     errors: list[ServiceError] = []
-    done = iter(futures)
+    done = iter(results)
     for index, upload in enumerate(uploads):
-        result = upload.error or _result(next(done))
+        result = upload.error or next(done)
         if isinstance(result, Outcome):
             answered = True
             timings.append(result.timing)
@@ -206,45 +177,14 @@ async def answer(
     return Response(content, media_type="application/json")
 
 
-async def _all_done(futures: list[Future[Outcome]]) -> None:
-    """Waits for the engine's threads: one wake-up of the event loop a request, however many images it has."""
-    if not futures:
-        return
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-    left = itertools.count(len(futures) - 1, -1)  # atomic: `next` on it is one step of the interpreter
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    def one_done(_: Future[Outcome]) -> None:
-        if next(left) == 0:
-            loop.call_soon_threadsafe(wake)
-
-    for future in futures:
-        future.add_done_callback(one_done)
-    await waiter
-
-
-def _result(future: Future[Outcome]) -> Outcome | BaseException:
-    return future.exception() or future.result()
-
-
-async def client_leaves(receive: Receive) -> None:
-    """Returns when the client has closed its connection; to be called when the body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
-        uploads = _read_json(await _read_body(request))
+        uploads = _read_json(await read_body(request))
     elif media_type in RAW_TYPES or not media_type:
-        uploads = [Upload(await _read_body(request))]
+        uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
             raise MalformedRequest("the body is empty; send an image")
     else:
@@ -256,14 +196,6 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
             f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests"
         )
     return uploads
-
-
-async def _read_body(request: Request) -> bytes:
-    """Unlike Starlette's, this keeps no list of pieces: each of a million tiny ones would weigh 40 bytes more."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-    return bytes(body)
 
 
 async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
@@ -303,8 +235,8 @@ def _from_base64(text: str) -> Upload:
 def _all_failed(errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:
     """A problem document with the status of the failure if there is one kind of it, else 422, and each image's reason."""
     if len(errors) == 1:
-        return problem_response(errors[0], request_id)
+        return problem_response("/classify", errors[0], request_id)
     same = len({type(error) for error in errors}) == 1
     summary = errors[0] if same else UndecodableImage("")
     summary = type(summary)(f"all {len(errors)} images failed; `predictions` has each one's reason")
-    return problem_response(summary, request_id, predictions)
+    return problem_response("/classify", summary, request_id, predictions)

@@ -81,7 +81,7 @@ class Outcome:
 class _Item:
     """One image on its way. `decoded` is set by the worker."""
 
-    data: bytes
+    data: bytes | DecodedImage
     explain: bool
     deadline: float
     timing: Timing
@@ -128,11 +128,13 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, images: Sequence[bytes], *, explain: bool = False, timeout_s: float = math.inf) -> list[Future[Outcome]]:
-        """Queues encoded images, all or none.
+    def submit(
+        self, images: Sequence[bytes | DecodedImage], *, explain: bool = False, timeout_s: float = math.inf
+    ) -> list[Future[Outcome]]:
+        """Queues images, all or none.
 
         Args:
-            images: whole image files.
+            images: whole image files, or pixels that need no decoding, of the model's input size.
             explain: also compute class maps.
             timeout_s: an image whose turn has not come by then is dropped.
 
@@ -264,7 +266,8 @@ class Scheduler:
             )
             return False
         try:
-            item.decoded = decode_image(item.data, self.rule, self.limits)
+            data = item.data
+            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits)
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.timing.decode_s = time.monotonic() - begin
             _fail(item, error)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from app import __version__
 from app.errors import CLIENT_LEFT
-from app.protection import PROTECTED
+from app.protection import classifies
 from app.telemetry.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Traces:
 
     def __call__(self, exchange: Exchange) -> None:
         """Traces a request to the model; others, probes above all, are not worth it."""
-        if not exchange.path.startswith(PROTECTED):
+        if not classifies(exchange.path):
             return
         to_ns = time.time_ns() - time.monotonic_ns()  # from the steady clock to the world's, as that stands now
         begin_ns = int(exchange.begin * 1e9) + to_ns

@@ -211,6 +211,21 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     assert session.alone == [True, False]
 
 
+def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
+    scheduler = make(max_batch=8)
+    limits = DecodeLimits(10**6, 10**4)
+    files = [s.data for s in samples[:4]]
+    pixels = [decode_image(data, session.metadata.resize, limits) for data in files]
+    first = hold(session, scheduler, files[0])
+    futures = scheduler.submit([image for pair in zip(files, pixels, strict=True) for image in pair])
+    session.batches.clear()
+    session.gate.set()
+    wait([first, *futures], TIMEOUT_S)
+    assert session.batches == [8]
+    for file, image in zip(futures[::2], futures[1::2], strict=True):
+        assert np.array_equal(file.result().logits, image.result().logits)
+
+
 def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, samples):
     scheduler = make()
     first = hold(session, scheduler, samples[0].data)
