@@ -118,7 +118,8 @@ class Protocol(HttpToolsProtocol):
         self._raw: RawImageRequest | None = None
         self._running: RequestResponseCycle | RawImageRequest | None = None
         self._in_headers = True
-        self._header_bytes = 0
+        self._header_bytes = 0  # of headers that are not complete
+        self._parsed_bytes = 0
         self._deaf = False
         self._stuck_since: float | None = None
 
@@ -147,18 +148,22 @@ class Protocol(HttpToolsProtocol):
             self._header_bytes += len(data)
         super().data_received(data)
         if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
+            self._refuse_header_bytes()
 
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
         super().on_message_begin()
         self._in_headers = True
+        self._parsed_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
         super().on_header(name, value)
+        self._parsed_bytes += len(name) + len(value)
         if len(self.headers) > MAX_HEADERS:
             self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
+        elif self._parsed_bytes + len(self.url) > MAX_HEADER_BYTES:
+            self._refuse_header_bytes()
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
@@ -247,6 +252,9 @@ class Protocol(HttpToolsProtocol):
             if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
                 self._answer_nothing(error)
             self.transport.close()
+
+    def _refuse_header_bytes(self) -> None:
+        self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
 
     def _answer_nothing(self, error: ServiceError) -> None:
         """Answers where there is no whole request."""
