@@ -58,6 +58,7 @@ class Service:
             workers=self.calibration.workers,
             max_batch=self.calibration.max_batch,
             max_queue=settings.max_queue,
+            coalesce=settings.coalesce,
             on_batch=self.metrics.observe_batch,
         )
         self.metrics.publish(self)

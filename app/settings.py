@@ -39,6 +39,7 @@ class Settings(BaseModel):
         0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
     )
     max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: measured at start.")
+    coalesce: bool = Field(True, description="Compute identical images (up to 64 KiB) that are in flight together once.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
     max_connections: int = Field(
