@@ -24,10 +24,10 @@ from uvicorn.server import ServerState
 from app.engine.scheduler import Outcome, Scheduler
 from app.errors import Overloaded
 from app.images import DecodeLimits, decode_image
+from app.load import prepare
 from app.server import Protocol
 from app.service import Service
 from app.settings import Settings
-from benchmarks.clients import prepare
 from benchmarks.serve import PHOTOS, processor
 
 REPEATS = 300
