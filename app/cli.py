@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,10 +173,12 @@ def info(model: ModelOption = None) -> None:
         "max_batch": scheduler.max_batch,
         "images_per_second": {count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
     }
-    import onnxruntime  # not from the distribution's metadata: that has one of two names
+    import numpy
+    import onnxruntime
+    import PIL
 
-    versions = {"convmixer-serve": __version__, "onnxruntime": onnxruntime.__version__}
-    versions |= {name: version(name) for name in ("numpy", "pillow")} | {"python": platform.python_version()}
+    versions = {"convmixer-serve": __version__, "python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (onnxruntime, numpy, PIL)}
     card = {"sha256": service.sha256, **service.metadata.model_dump(mode="json"), "engine": engine, "versions": versions}
     typer.echo(json.dumps(card, indent=2))
     service.close()
@@ -188,9 +189,10 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        typer.secho(f"error: {error.name} is missing; install convmixer-serve{_EXTRAS[error.name]}", fg="red", err=True)
+        typer.secho(f"error: {package} is missing; install convmixer-serve{_EXTRAS[package]}", fg="red", err=True)
         raise SystemExit(1) from error
     except Exception as error:
         if not isinstance(error, StartupError) and not _is_client_error(error):

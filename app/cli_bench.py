@@ -115,12 +115,12 @@ def _summary(tally: Tally, cpu_s: float) -> dict[str, Any]:
     errors |= {"connection": tally.lost} if tally.lost else {}
     errors |= {"no answer": tally.unanswered} if tally.unanswered else {}
     return {
-        "seconds": round(tally.seconds, 3),
+        "seconds": round(tally.answered_s, 3),
         "requests": tally.sent,
-        "requests_s": round(len(tally.right) / tally.seconds, 1),
+        "requests_s": round(len(tally.right) / tally.answered_s, 1),
         "latency_ms": {name: _percentile_ms(tally.right, share) for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))},
         "errors": errors,
-        "client_cores": round(cpu_s / tally.seconds, 3),
+        "client_cores": round(cpu_s / tally.answered_s, 3),
     }
 
 

@@ -66,6 +66,7 @@ class Tally:
         lost: connections that were refused, or ended without the answer.
         unanswered: requests without an answer when the measurement ended.
         seconds: length of the measurement.
+        answered_s: the same until the last answer: longer if more was sent than the server can answer.
     """
 
     sent: int = 0
@@ -74,6 +75,7 @@ class Tally:
     lost: int = 0
     unanswered: int = 0
     seconds: float = 0.0
+    answered_s: float = 0.0
 
     @property
     def refused(self) -> list[float]:
@@ -228,7 +230,7 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
         next_request(connection)
     await asyncio.sleep(seconds)
     await _last_answers(connections, again)
-    tally.seconds = time.perf_counter() - begin
+    tally.seconds = tally.answered_s = time.perf_counter() - begin
     _finish(tally, connections)
     return tally
 
@@ -277,6 +279,7 @@ async def open_loop(server: Server, requests: list[Request], due: Iterator[float
         await asyncio.sleep(0.001)
     tally.seconds = time.perf_counter() - begin
     await _last_answers(everyone, pending)
+    tally.answered_s = time.perf_counter() - begin
     tally.unanswered = len(pending)
     _finish(tally, everyone)
     return tally

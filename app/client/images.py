@@ -25,7 +25,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 UNREADABLE = "unreadable"
 
-_PNG_MODES = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
+_PNG_MODES = {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,7 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     exif = image.getexif()  # holds the orientation, which the server applies as it does for the file itself
-    # level 1: a third larger than the best and several times faster
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(buffer, "PNG", compress_level=1, exif=exif)
+    if image.mode not in _PNG_MODES:
+        image = image.convert("I;16" if image.mode == "I" else "RGB")
+    image.save(buffer, "PNG", compress_level=1, exif=exif)  # a little larger than the best and several times faster
     return buffer.getvalue()
