@@ -29,10 +29,8 @@ ModelOption = Annotated[
     str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
 ]
 
-# a key itself on the command line would be in everybody's `ps`
 KeyOption = Annotated[
-    Path | None,
-    typer.Option("--api-key-file", exists=True, dir_okay=False, help="File with the server's key."),
+    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's key (here all could see it with `ps`).")
 ]
 
 _EXTRAS = {"onnxruntime": "[cpu] or convmixer-serve[cuda]", "httpx": "[client]", "pyarrow": "[parquet]"}
@@ -68,9 +66,7 @@ def classify(
     ] = None,
     files_from: Annotated[str | None, typer.Option(help="File with the paths, one a line; `-`: standard input.")] = None,
     url: Annotated[str | None, typer.Option(help="Ask the server there instead of computing here.")] = None,
-    api_key_file:
-    # a key itself on the command line would be in everybody's `ps`
-    KeyOption = None,
+    api_key_file: KeyOption = None,
     model: ModelOption = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes listed in JSON and Parquet.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines: one object an image.")] = False,
@@ -85,31 +81,30 @@ def classify(
     from app.cli_classify import STDIN, classify_here, classify_there, expand, find_images, open_writer, read_list
 
     patterns = paths or []
+    to_terminal = not (parquet or output) and sys.stdout.isatty()
+    format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
+    watched = sys.stderr.isatty()
     _require(bool(patterns) != bool(files_from), "give PATHS or --files-from, one of them")
     _require(as_json + as_csv + bool(parquet) <= 1, "--json, --csv and --parquet exclude one another")
     _require(not (parquet and output), "--parquet names its own file; leave --output out")
     _require(not (url and model), "--model is for this machine; the server at --url has its own")
     _require(bool(url) or not api_key_file, "--api-key-file is for --url")
     _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
-    to_terminal = not (parquet or output) and sys.stdout.isatty()
-    format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
+    _require(files_from in {None, STDIN} or Path(files_from or "").exists(), f"--files-from: {files_from} does not exist")
+    roots = expand(patterns)
     if parquet:
         import pyarrow.parquet  # noqa: F401 (it may be missing, and that should be said before anything is done)
-    watched = sys.stderr.isatty()
-
-    roots = expand(patterns)
-    _require(files_from in {None, STDIN} or Path(files_from or "").is_file(), f"--files-from: {files_from} is no file")
 
     def files() -> Iterator[str]:
         return read_list(files_from) if files_from else find_images(roots)
 
-    # the count is for the bar alone: a list of all files would be the one thing here that grows with their number
+    # counted for the bar alone, by looking twice: a list of all files would be the one thing here that grows with their number
     shows_bar = watched and not to_terminal
-    total = sum(1 for _ in files()) if shows_bar and files_from != STDIN else None
+    total = sum(1 for _ in files()) if shows_bar and not files_from else None
     begin, done, failed = time.monotonic(), 0, 0
     with ExitStack() as stack:
         if url:
-            client = stack.enter_context(_open_client(url, api_key_file))
+            client = stack.enter_context(_open_client(url, _read_key(api_key_file)))
             client.model()  # a wrong address is known at once, not after the first image's deadline
             rows = classify_there(client, files(), top_k)
         else:
@@ -147,17 +142,16 @@ def bench(
     image: Annotated[
         list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Image to send; may be repeated. Default: a made one.")
     ] = None,
-    api_key_file:
-    # a key itself on the command line would be in everybody's `ps`
-    KeyOption = None,
+    api_key_file: KeyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a running server: requests a second and latencies. Exits with 1 if a request was not answered."""
     from app.cli_bench import bench as measure
 
     _require(not (clients and rate), "--clients and --rate exclude one another")
-    with _open_client(url, api_key_file) as client:
-        fine = measure(client, url, _read_key(api_key_file), clients or [1, 8, 32], rate, seconds, image or [], as_json)
+    key = _read_key(api_key_file)
+    with _open_client(url, key) as client:
+        fine = measure(client, url, key, clients or [1, 8, 32], rate, seconds, image or [], as_json)
     if not fine:
         raise SystemExit(1)
 
@@ -216,11 +210,11 @@ def _read_key(path: Path | None) -> str | None:
     return path.read_text().strip() if path else None
 
 
-def _open_client(url: str, api_key_file: Path | None) -> Client:
+def _open_client(url: str, api_key: str | None) -> Client:
     from app.client import Client
 
     try:
-        return Client(url, api_key=_read_key(api_key_file))
+        return Client(url, api_key=api_key)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -213,17 +213,14 @@ def read_json(response: httpx.Response) -> dict[str, Any]:
 
 
 def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:
-    headers = {"X-Deadline-Ms": str(max(1, int(left_s * 1000)))}
     if len(pictures) == 1:
-        content, headers["Content-Type"] = pictures[0].data, "application/octet-stream"
+        content, content_type = pictures[0].data, "application/octet-stream"
     else:
         boundary = os.urandom(16).hex()
-        head = _PART % boundary.encode()
-        parts = [piece for picture in pictures for piece in (head, picture.data, b"\r\n")]
-        content, headers["Content-Type"] = (
-            b"".join([*parts, b"--%b--\r\n" % boundary.encode()]),
-            (f"multipart/form-data; boundary={boundary}"),
-        )
+        head, tail = _PART % boundary.encode(), b"--%b--\r\n" % boundary.encode()
+        content = b"".join([*(piece for picture in pictures for piece in (head, picture.data, b"\r\n")), tail])
+        content_type = f"multipart/form-data; boundary={boundary}"
+    headers = {"Content-Type": content_type, "X-Deadline-Ms": str(max(1, int(left_s * 1000)))}
     params = {"top_k": str(wanted.top_k)} | ({"explain": "true"} if wanted.explain else {})
     return Send(content, headers, params, max(0.001, left_s) + GRACE_S)
 

@@ -107,7 +107,7 @@ def test_errors_and_odd_names_in_csv_and_parquet(mixed, tmp_path):
         (["classify"], 2, "give PATHS or --files-from"),
         (["classify", ".", "--json", "--csv"], 2, "exclude one another"),
         (["classify", ".", "--files-from", "/nowhere"], 2, "give PATHS or --files-from"),
-        (["classify", "--files-from", "/nowhere"], 2, "is no file"),
+        (["classify", "--files-from", "/nowhere"], 2, "/nowhere does not exist"),
         (["classify", ".", "--csv", "--output", "/nowhere/a.csv"], 2, "cannot be written"),
         (["classify", ".", "--url", "localhost"], 2, "begins with http"),
         (["classify", ".", "--url", "http://127.0.0.1:1"], 1, "error: no answer from http://127.0.0.1:1"),
