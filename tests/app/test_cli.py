@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pyarrow.parquet as pq
 import pytest
@@ -97,6 +99,32 @@ def test_errors_and_odd_names_in_csv_and_parquet(mixed, tmp_path):
         ("damaged.png", "undecodable_image"),
     ]
     assert [row["confidence"] is None for row in table] == [False, False, True]
+
+
+def on_terminal(*arguments: object, stdout: int | None = None) -> str:
+    """What a person sees: standard error, and standard output unless it goes elsewhere, are a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command(*arguments), stdout=stdout or theirs, stderr=theirs, env=environment())
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # EIO: the last one has closed it
+        while piece := os.read(ours, 4096):
+            seen += piece
+    os.close(ours)
+    assert process.wait(60) == 1
+    return seen.decode()
+
+
+def test_a_person_gets_a_table_and_elsewhere_a_progress_bar(mixed, samples, tmp_path):
+    seen = on_terminal("classify", samples[1].path, mixed[2])
+    assert re.search(rf"label +confidence +file\r\n{samples[1].label} +\d+.\d% +{samples[1].path}", seen)
+    assert "damaged.png  " in seen
+    assert re.search(r"2 images in [\d.]+ s, \d+ a second; 1 failed", seen)
+    with (tmp_path / "out.csv").open("wb") as file:
+        seen = on_terminal("classify", mixed[0].parent, stdout=file.fileno())
+    assert "3/3" in seen
+    assert "confidence" not in seen
+    assert len((tmp_path / "out.csv").read_bytes().splitlines()) == 4
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from app.cli import main
 from app.client import AsyncClient, ClassificationError, Client, ImageRejected, Prediction, Unauthorized
 from app.engine.artifact import read_verified
 from app.engine.session import Session
@@ -245,3 +246,14 @@ def test_the_examples_in_the_shell_run_and_give_the_same_labels(blocks, reposito
     assert run["requests_s"] > 0
     assert run["latency_ms"]["p50"] <= run["latency_ms"]["p90"] <= run["latency_ms"]["p99"]
     assert measured["model"]["provider"] == "cpu"
+
+
+def test_the_load_test_counts_what_is_refused(narrow, repository, tmp_path, capfd, monkeypatch):
+    key = tmp_path / "key"
+    key.write_text("secret\n")
+    options = ["--api-key-file", str(key), "--clients", "16", "--seconds", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["convmixer", "bench", narrow, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert re.search(r"16 clients +\d.* \d+ x 503 Service Unavailable", capfd.readouterr().out)
