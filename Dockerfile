@@ -1,4 +1,5 @@
-# The service on a CPU: a virtual environment with app/ and the [cpu] dependencies, and nothing else.
+# The service: a virtual environment with app/ and what it needs, and nothing else. --build-arg VARIANT=gpu: with CUDA (its
+# libraries come from PyPI; the host needs a driver and NVIDIA's container toolkit).
 # The base is any Debian with Python 3.11 or newer and pip. Another package index: --build-arg PIP_INDEX_URL=…
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
@@ -9,22 +10,21 @@ ARG PIP_TRUSTED_HOST
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 
-# Dependencies in a layer of their own: a change of the code does not install them again. pip stays outside the
-# environment; numpy's tests and onnxruntime's conversion tools are never imported in service.
-COPY pyproject.toml constraints.txt ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
-print(*p['build-system']['requires'], sep='\n', file=open('build.txt', 'w')); \
-print(*p['project']['dependencies'], *p['project']['optional-dependencies']['cpu'], sep='\n', file=open('cpu.txt', 'w'))" \
- && python3 -m pip install --no-cache-dir -c constraints.txt -r build.txt \
+# Dependencies in a layer of their own: a change of the code does not install them again. Every file is one whose hash is
+# in the repository (`make pins`). pip stays outside the environment; numpy's tests and onnxruntime's conversion tools are
+# never imported in service.
+ARG VARIANT=cpu
+COPY requirements requirements
+RUN python3 -m pip install --no-cache-dir --require-hashes -r requirements/build.txt \
  && python3 -m venv --without-pip /opt/venv \
- && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir -c constraints.txt -r cpu.txt \
+ && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --require-hashes -r requirements/${VARIANT}.txt \
  && find /opt/venv/lib/*/site-packages/numpy -type d -name tests -prune -exec rm -r {} + \
  && rm -r /opt/venv/lib/*/site-packages/onnxruntime/transformers \
           /opt/venv/lib/*/site-packages/onnxruntime/tools \
           /opt/venv/lib/*/site-packages/onnxruntime/quantization
 
 # Without model/ and training/ beside it the same package holds only app/; its second command would find nothing to run.
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY app app
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-index dist/*.whl \

@@ -8,7 +8,7 @@ RUN ?= runs/train
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
 
-.PHONY: help serve test lint format train evaluate export bench torture docker clean
+.PHONY: help serve test lint format train evaluate export bench torture screenshot docker pins sbom audit clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -47,8 +47,25 @@ bench: .venv/.dev  ## Server against the in-process limit, side by side (about t
 torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
 	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
 
+screenshot: .venv/.dev  ## Take docs/images/page.png anew; needs Chromium (apt-get install chromium fonts-inter)
+	$(BIN)/python -m tests.screenshot docs/images/page.png
+
 docker:  ## Build the image
 	docker build -t convmixer-serve .
+
+PIN = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --python-platform linux --python-version 3.11 --no-annotate --no-header
+pins: .venv/.release  ## Pin what the images install, with hashes, from pyproject.toml and constraints.txt
+	$(PIN) pyproject.toml --extra cpu --extra otel --output-file requirements/cpu.txt
+	$(PIN) pyproject.toml --extra cuda --extra otel --output-file requirements/gpu.txt
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" | $(PIN) - --output-file requirements/build.txt
+
+sbom: .venv/.release  ## Write sbom.cdx.json: what the CPU image holds (CycloneDX)
+	$(PYTHON) -m venv --clear build/image
+	build/image/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/cpu.txt
+	$(BIN)/cyclonedx-py environment build/image --pyproject pyproject.toml --output-reproducible --output-file sbom.cdx.json
+
+audit: .venv/.release  ## Ask the Python advisory database about what the images hold
+	$(BIN)/pip-audit --requirement requirements/cpu.txt --requirement requirements/gpu.txt --disable-pip --require-hashes
 
 clean:  ## Remove the environment and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage* build *.egg-info
@@ -60,6 +77,10 @@ clean:  ## Remove the environment and caches
 .venv/.serve-$(EXTRA): .venv/bin/python pyproject.toml constraints.txt
 	@test ! -e .venv/.serve-$(if $(filter cuda,$(EXTRA)),cpu,cuda) || { echo "this .venv has the other onnxruntime; run 'make clean' first" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
+	@touch $@
+
+.venv/.release: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt

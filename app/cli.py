@@ -46,16 +46,20 @@ def serve(
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
     from app.main import create_app
     from app.server import run
-    from app.telemetry import configure_logging
+    from app.telemetry.logs import configure_logging
 
     settings = _settings(host=host, port=port, model=model)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    run(create_app(settings), settings)
+    try:
+        run(create_app(settings), settings)
+    except StartupError as error:
+        logging.getLogger(__name__).critical("the service does not start: %s", error)
+        raise SystemExit(1) from error
 
 
 @app.command()

@@ -54,7 +54,8 @@ class Settings(BaseModel):
     receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
     drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
     api_keys: SecretStr | None = Field(
-        None, description="Keys, separated by commas, one of which /classify then asks for (`Authorization: Bearer KEY`)."
+        None,
+        description="Keys, separated by commas, one of which /classify and /v2/models ask for (`Authorization: Bearer KEY`).",
     )
     api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
     metrics_port: int | None = Field(
@@ -64,6 +65,13 @@ class Settings(BaseModel):
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines as JSON objects or as text; `auto`: text if standard error is a terminal."
+    )
+    access_log: Literal["off", "errors", "all"] = Field(
+        "errors",
+        description="Which requests get a log line. `errors`: those that failed, but for refusals (503), or took over 1 s.",
+    )
 
     @classmethod
     def load(cls, **overrides: object) -> Settings:

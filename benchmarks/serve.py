@@ -58,7 +58,7 @@ class Limit:
     def label(self, body: bytes, *, alone: bool = False) -> str:
         """Top class of one encoded image."""
         pixels = decode_image(body, self.session.metadata.resize, self.decode_limits).pixels
-        return self.session.metadata.classes[int(self.session.infer(pixels[np.newaxis], alone=alone).argmax())]
+        return self.session.metadata.classes[int(self.session.infer(pixels[np.newaxis], alone=alone).logits.argmax())]
 
     def rate(self, threads: int, seconds: float) -> float:
         """Images a second: one thread uses every core for each image, several one each."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.session import Session
-from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,27 @@ HANG_TIMEOUT_S = 5.0
 then reports itself dead. The largest picture accepted takes about a second."""
 
 
+@dataclass(slots=True)
+class Timing:
+    """One image's way through the stages; what it did not reach is 0.
+
+    Attributes:
+        submitted: time.monotonic() at which it began to wait.
+        queue_s: seconds spent waiting; decoding begins where they end.
+        decode_s: seconds spent decoding this image.
+        infer_begin: time.monotonic() at which its batch went to the model.
+        infer_s: seconds the batch spent in the model.
+        batch_size: images in that batch.
+    """
+
+    submitted: float
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+    infer_begin: float = 0.0
+    infer_s: float = 0.0
+    batch_size: int = 0
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the engine has to say about one image.
@@ -44,34 +65,28 @@ class Outcome:
     Attributes:
         logits: float32 [C].
         class_maps: float32 [C, h, w], or None if not asked for.
+        similarity: to the training images, or None if the artifact's score needs none.
         warnings: of the decoder.
-        queue_s: seconds spent waiting.
-        decode_s: seconds spent decoding this image.
-        infer_s: seconds the batch spent in the model.
-        batch_size: images in that batch.
+        timing: of this image.
     """
 
     logits: NDArray[np.float32]
     class_maps: NDArray[np.float32] | None
+    similarity: float | None
     warnings: tuple[str, ...]
-    queue_s: float
-    decode_s: float
-    infer_s: float
-    batch_size: int
+    timing: Timing
 
 
 @dataclass(eq=False)
 class _Item:
     """One image on its way. `decoded` is set by the worker."""
 
-    data: bytes
+    data: bytes | DecodedImage
     explain: bool
     deadline: float
+    timing: Timing
     future: Future[Outcome] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.monotonic)
     decoded: DecodedImage | None = None
-    queue_s: float = 0.0
-    decode_s: float = 0.0
 
 
 class Scheduler:
@@ -113,11 +128,13 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, images: Sequence[bytes], *, explain: bool = False, timeout_s: float = math.inf) -> list[Future[Outcome]]:
-        """Queues encoded images, all or none.
+    def submit(
+        self, images: Sequence[bytes | DecodedImage], *, explain: bool = False, timeout_s: float = math.inf
+    ) -> list[Future[Outcome]]:
+        """Queues images, all or none.
 
         Args:
-            images: whole image files.
+            images: whole image files, or pixels that need no decoding, of the model's input size.
             explain: also compute class maps.
             timeout_s: an image whose turn has not come by then is dropped.
 
@@ -130,17 +147,19 @@ class Scheduler:
             Overloaded: no room, or what waits would take more than half of `timeout_s` (503 with Retry-After).
             NotServing: draining (503).
         """
-        deadline = time.monotonic() + timeout_s
-        items = [_Item(data, explain, deadline) for data in images]
+        now = time.monotonic()
+        items = [_Item(data, explain, now + timeout_s, Timing(now)) for data in images]
         with self._admission:
             if self._draining:
                 raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
             wait_s = self._predicted_wait_s(len(items))
-            if self.waiting() + len(items) > self.max_queue or wait_s * _SAFETY > timeout_s:
+            full = self.waiting() + len(items) > self.max_queue
+            if full or wait_s * _SAFETY > timeout_s:
                 raise Overloaded(
                     f"{self.waiting()} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
                     f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
                     retry_after_s=max(1, math.ceil(wait_s)),
+                    reason="queue_full" if full else "would_be_late",
                 )
             for item in items:
                 self._waiting.put(item)
@@ -149,6 +168,10 @@ class Scheduler:
     def waiting(self) -> int:
         """Images in the queue."""
         return self._waiting.qsize()
+
+    def busy(self) -> int:
+        """Workers that have a batch."""
+        return len(self._busy_since)
 
     def failure(self) -> str | None:
         """Why the engine is dead, or None while it is alive: every worker thread runs and none is stuck."""
@@ -235,7 +258,7 @@ class Scheduler:
         if item.future.cancelled():
             return False
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
-        item.queue_s = begin - item.submitted
+        item.timing.queue_s = begin - item.timing.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
         if begin > item.deadline or (self.waiting() and begin + self._image_s > item.deadline):
             _fail(
@@ -243,42 +266,40 @@ class Scheduler:
             )
             return False
         try:
-            item.decoded = decode_image(item.data, self.rule, self.limits)
+            data = item.data
+            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits)
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
+            item.timing.decode_s = time.monotonic() - begin
             _fail(item, error)
             return False
         item.data = b""
-        item.decode_s = time.monotonic() - begin
+        item.timing.decode_s = time.monotonic() - begin
         return True
 
     def _infer(self, group: list[_Item], explain: bool, alone: bool) -> None:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
-            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images, alone=alone), None)
-            if len(logits) != len(group):
-                raise RuntimeError(f"{len(group)} images gave {len(logits)} answers")
+            answers = self.session.infer(images, explain=explain, alone=alone)
+            if len(answers.logits) != len(group):
+                raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
         except Exception as error:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 for item in group:
                     self._infer([item], explain, alone)
                 return
             logger.exception("inference failed")
+            group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
             _fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
             return
         infer_s = time.monotonic() - begin
-        outcomes = [
-            Outcome(
-                logits[i],
-                None if class_maps is None else class_maps[i],
-                item.decoded.warnings if item.decoded else (),
-                item.queue_s,
-                item.decode_s,
-                infer_s,
-                len(group),
-            )
-            for i, item in enumerate(group)
-        ]
+        outcomes = []
+        for i, item in enumerate(group):
+            item.timing.infer_begin, item.timing.infer_s, item.timing.batch_size = begin, infer_s, len(group)
+            class_maps = None if answers.class_maps is None else answers.class_maps[i]
+            similarity = None if answers.similarity is None else float(answers.similarity[i])
+            warnings = item.decoded.warnings if item.decoded else ()
+            outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
         for item, outcome in zip(group, outcomes, strict=True):
             item.future.set_result(outcome)
         self._on_batch(outcomes)
@@ -286,5 +307,7 @@ class Scheduler:
 
 def _fail(item: _Item, error: Exception, cause: Exception | None = None) -> None:
     error.__cause__ = cause or error.__cause__
+    if isinstance(error, ServiceError):
+        error.timing = item.timing
     if item.future.running() or item.future.set_running_or_notify_cancel():
         item.future.set_exception(error)

@@ -32,14 +32,14 @@ class GatedSession(Session):
         self.batches.clear()
         self.alone.clear()
 
-    def infer(self, images, *, alone=False):
+    def infer(self, images, *, explain=False, alone=False):
         self.batches.append(len(images))
         self.alone.append(alone)
         self.entered.set()
         assert self.gate.wait(TIMEOUT_S)
         if self.poison is not None and any(np.array_equal(image, self.poison) for image in images):
             raise RuntimeError("poisoned")
-        return super().infer(images, alone=alone)
+        return super().infer(images, explain=explain, alone=alone)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_images_meet_in_batches_and_keep_their_order(session, make, samples):
     session.gate.set()
     results = [f.result(TIMEOUT_S) for f in futures]
     assert session.batches == [4, 4, 1]
-    assert [r.batch_size for r in results] == [4] * 8 + [1]
+    assert [r.timing.batch_size for r in results] == [4] * 8 + [1]
     for expected, result in zip(alone, results, strict=True):
         assert np.allclose(expected, result.logits, atol=1e-4)
     assert first.result(TIMEOUT_S).class_maps is None
@@ -149,7 +149,7 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_inference(session, make, s
     session.batches.clear()
     session.gate.set()
     assert isinstance(late.exception(TIMEOUT_S), DeadlineExceeded)
-    assert patient.result(TIMEOUT_S).batch_size == 1
+    assert patient.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -178,7 +178,7 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
     assert gone.cancel()
     session.batches.clear()
     session.gate.set()
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     with pytest.raises(CancelledError):
         gone.result(TIMEOUT_S)
 
@@ -198,7 +198,7 @@ def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make
     assert gone.cancel()
     go_on.set()
     (stays,) = scheduler.submit([samples[1].data])
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -207,8 +207,23 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     first = hold(session, scheduler, samples[0].data)
     second = hold(session, scheduler, samples[1].data)
     session.gate.set()
-    assert first.result(TIMEOUT_S).batch_size == second.result(TIMEOUT_S).batch_size == 1
+    assert first.result(TIMEOUT_S).timing.batch_size == second.result(TIMEOUT_S).timing.batch_size == 1
     assert session.alone == [True, False]
+
+
+def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
+    scheduler = make(max_batch=8)
+    limits = DecodeLimits(10**6, 10**4)
+    files = [s.data for s in samples[:4]]
+    pixels = [decode_image(data, session.metadata.resize, limits) for data in files]
+    first = hold(session, scheduler, files[0])
+    futures = scheduler.submit([image for pair in zip(files, pixels, strict=True) for image in pair])
+    session.batches.clear()
+    session.gate.set()
+    wait([first, *futures], TIMEOUT_S)
+    assert session.batches == [8]
+    for file, image in zip(futures[::2], futures[1::2], strict=True):
+        assert np.array_equal(file.result().logits, image.result().logits)
 
 
 def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, samples):
