@@ -46,7 +46,7 @@ def labels(samples, artifact_path) -> list[str]:
     session = Session(read_verified(artifact_path), "cpu")
     rule, limits = session.metadata.resize, DecodeLimits(10**6, 10**4)
     pixels = np.stack([decode_image(sample.data, rule, limits).pixels for sample in samples])
-    return [session.metadata.classes[winner] for winner in session.infer(pixels).argmax(1)]
+    return [session.metadata.classes[winner] for winner in session.infer(pixels).logits.argmax(1)]
 
 
 def test_many_keep_their_order_and_a_bad_one_harms_nobody(service, samples, labels, repository, tmp_path):
