@@ -24,11 +24,11 @@ from uvicorn.server import ServerState
 from app.engine.scheduler import Outcome, Scheduler, Timing
 from app.errors import Overloaded
 from app.images import DecodeLimits, decode_image
+from app.load import prepare
 from app.server import Protocol
 from app.service import Service
 from app.settings import Settings
 from app.verdict import judge
-from benchmarks.clients import prepare
 from benchmarks.serve import PHOTOS, processor
 
 REPEATS = 300

@@ -34,8 +34,9 @@ import onnxruntime
 from app.engine.artifact import read_verified
 from app.engine.session import Session, available_cores
 from app.images import DecodeLimits, decode_image
+from app.load import Request, Tally, prepare
 from app.settings import Settings
-from benchmarks.clients import Request, Tally, closed_loop, open_loop, prepare
+from benchmarks.clients import closed_loop, open_loop
 
 CLIENTS = (1, 8, 32, 128)
 MANY_IMAGES = 64
