@@ -47,8 +47,9 @@ bench: .venv/.dev  ## Server against the in-process limit, side by side (about t
 torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
 	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
 
-docker:  ## Build the image
-	docker build -t convmixer-serve .
+docker:  ## Build the image; VARIANT=gpu for CUDA
+	docker build -t convmixer-serve$(if $(VARIANT),:$(VARIANT)) $(if $(VARIANT),--build-arg VARIANT=$(VARIANT)) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' app/__init__.py) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 PIN = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --python-platform linux --python-version 3.11 --no-annotate --no-header
 pins: .venv/.release  ## Pin what the images install, with hashes, from pyproject.toml and constraints.txt

@@ -26,12 +26,16 @@ class Service:
     Args:
         settings: all of them.
 
+    Attributes:
+        leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
+
     Raises:
         StartupError: the artifact, the provider or a setting is wrong.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.leaving = False
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
         cores = available_cores()
@@ -67,6 +71,10 @@ class Service:
             self.calibration.batch_ms.get(1, math.nan),
             self.calibration.seconds * 1000,
         )
+
+    def not_ready(self) -> str | None:
+        """Why no more requests should be sent here, or None."""
+        return "draining" if self.leaving or self.scheduler.draining else self.scheduler.failure()
 
     def close(self) -> None:
         """Drains: everything accepted is answered, within `drain_timeout_s`."""
