@@ -54,13 +54,13 @@ class Cluster:
     def __init__(self, count: int, **settings: object) -> None:
         self.addresses = [f"127.0.0.{1 + number}" for number in range(count)]
         self.settings = {"port": _free_port(), "shutdown_delay_s": 3, **settings}
-        self.port, self._operators = _free_port(), f"127.0.0.1:{_free_port()}"
+        self.port, self.operators = _free_port(), f"127.0.0.1:{_free_port()}"
         self._names = socketserver.UDPServer(("127.0.0.1", 0), _Question)
         self._names.addresses = self.addresses  # type: ignore[attr-defined]
         threading.Thread(target=self._names.serve_forever, daemon=True).start()
         environment = os.environ | {
             "BIND": f"127.0.0.1:{self.port}",
-            "BIND_OPERATORS": self._operators,
+            "BIND_OPERATORS": self.operators,
             "DNS": f"127.0.0.1:{self._names.server_address[1]}",
             "REPLICA_PORT": str(self.settings["port"]),
         }
@@ -86,7 +86,7 @@ class Cluster:
                 raise RuntimeError(f"HAProxy uses {found} of {len(self.replicas)} replicas")
             time.sleep(0.05)
             with contextlib.suppress(OSError):  # it has not yet begun to listen
-                found = replicas_up(self._operators)
+                found = replicas_up(self.operators)
 
     def _start(self, address: str) -> Target:
         return Target(host=address, **self.settings)

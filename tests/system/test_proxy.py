@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 from app.settings import Settings
 from benchmarks.clients import closed_loop, prepare
 from torture.rolling import CONFIGURATION, Cluster
+from torture.target import post
 from torture.traffic import expected_labels
 
 TEXT = CONFIGURATION.read_text()
@@ -75,6 +77,20 @@ def test_what_it_refuses_itself_is_a_problem_document(cluster):
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"application/problem+json" in answer
     assert b'"code":"body_too_large"' in answer
+
+
+@with_haproxy
+def test_a_body_that_crawls_in_occupies_no_replica(cluster, samples):
+    def sessions() -> int:
+        rows = csv.DictReader(httpx.get(f"http://{cluster.operators}/;csv").text.removeprefix("# ").splitlines())
+        return sum(int(row["scur"]) for row in rows if row["pxname"] == "replicas" and row["svname"] == "BACKEND")
+
+    wire = post(samples[0].data, "image/webp", close=True)
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(wire[:-1])
+        assert sessions() == 0
+        connection.sendall(wire[-1:])
+        assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 @with_haproxy
