@@ -8,7 +8,7 @@ RUN ?= runs/train
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
 
-.PHONY: help serve test lint format train evaluate export bench torture docker pins sbom audit clean
+.PHONY: help serve test lint format train evaluate export bench torture screenshot docker pins sbom audit clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -47,14 +47,17 @@ bench: .venv/.dev  ## Server against the in-process limit, side by side (about t
 torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
 	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
 
+screenshot: .venv/.dev  ## Take docs/images/page.png anew; needs Chromium (apt-get install chromium fonts-inter)
+	$(BIN)/python -m tests.screenshot docs/images/page.png
+
 docker:  ## Build the image; VARIANT=gpu for CUDA
 	docker build -t convmixer-serve$(if $(VARIANT),:$(VARIANT)) $(if $(VARIANT),--build-arg VARIANT=$(VARIANT)) \
 	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' app/__init__.py) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 PIN = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --python-platform linux --python-version 3.11 --no-annotate --no-header
 pins: .venv/.release  ## Pin what the images install, with hashes, from pyproject.toml and constraints.txt
-	$(PIN) pyproject.toml --extra cpu --output-file requirements/cpu.txt
-	$(PIN) pyproject.toml --extra cuda --output-file requirements/gpu.txt
+	$(PIN) pyproject.toml --extra cpu --extra otel --output-file requirements/cpu.txt
+	$(PIN) pyproject.toml --extra cuda --extra otel --output-file requirements/gpu.txt
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" | $(PIN) - --output-file requirements/build.txt
 
 sbom: .venv/.release  ## Write sbom.cdx.json: what the CPU image holds (CycloneDX)

@@ -1,26 +1,26 @@
-"""The `convmixer` command: serve, classify, info. Exit codes: 0 done, 1 something failed, 2 wrong usage."""
+"""The `convmixer` command. Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
+import platform
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.errors import ServiceError, StartupError
+from app import __version__
+from app.errors import StartupError
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    from app.engine.scheduler import Outcome
-    from app.schemas import Prediction
+    from app.client import Client
     from app.service import Service
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Classify images with ConvMixer.")
@@ -29,10 +29,12 @@ ModelOption = Annotated[
     str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
 ]
 
-_WINDOW = 64
-"""Images in flight in `classify`: enough to keep every core busy, few enough to keep memory flat."""
+KeyOption = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's key (here all could see it with `ps`).")
+]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
+_EXTRAS = {"onnxruntime": "[cpu] or convmixer-serve[cuda]", "httpx": "[client]", "pyarrow": "[parquet]"}
+"""What installs a package that the base does without."""
 
 
 @app.command()
@@ -44,64 +46,139 @@ def serve(
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
     from app.main import create_app
     from app.server import run
-    from app.telemetry import configure_logging
+    from app.telemetry.logs import configure_logging
 
     settings = _settings(host=host, port=port, model=model)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    run(create_app(settings), settings)
+    try:
+        run(create_app(settings), settings)
+    except StartupError as error:
+        logging.getLogger(__name__).critical("the service does not start: %s", error)
+        raise SystemExit(1) from error
 
 
 @app.command()
 def classify(
-    paths: Annotated[list[Path], typer.Argument(help="Image files and folders (searched recursively).", exists=True)],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, folders (searched recursively), quoted globs; `-`: one image on standard input."),
+    ] = None,
+    files_from: Annotated[str | None, typer.Option(help="File with the paths, one a line; `-`: standard input.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask the server there instead of computing here.")] = None,
+    api_key_file: KeyOption = None,
     model: ModelOption = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes listed in JSON output.")] = 5,
-    output: Annotated[Literal["table", "json", "csv"], typer.Option("--format", help="json: one object a line.")] = "table",
+    top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes listed in JSON and Parquet.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines: one object an image.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Write CSV; the default unless standard output is a terminal.")] = False,
+    parquet: Annotated[Path | None, typer.Option(help="Write this Parquet file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines or CSV to this file instead of standard output.")] = None,
 ) -> None:
-    """Classify files and folders on this machine, without a server. Exits with 1 if an image could not be read."""
-    service = _open_service(model)
-    files = list(_image_files(paths))
-    if not files:
-        raise StartupError(f"no image ({', '.join(sorted(_SUFFIXES))}) in {', '.join(map(str, paths))}")
-    failed = 0
-    writer = csv.writer(sys.stdout)
-    if output == "csv":
-        writer.writerow(["file", "label", "confidence", "in_distribution", "error"])
-    with typer.progressbar(
-        _predictions(service, files, top_k),
-        length=len(files),
-        label="classifying",
-        file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
-    ) as predictions:
-        for path, prediction in predictions:
-            error = prediction.get("error", {"code": "", "detail": ""})["detail"]
-            failed += bool(error)
-            if output == "json":
-                typer.echo(json.dumps(prediction))
-            elif output == "csv":
-                values = [prediction.get(name) for name in ("label", "confidence", "in_distribution")]
-                writer.writerow([path, *values, error])
-            elif error:
-                typer.secho(f"{path}  {error}", fg="red", err=True)
-            else:
-                unsure = "" if prediction.get("in_distribution", True) else "  (perhaps none of the classes)"
-                typer.echo(f"{path}  {prediction['label']}  {prediction['confidence']:.1%}{unsure}")
-    service.close()
+    """Classify images, on this machine or by a server. Exits with 1 if one could not be classified.
+
+    Images that cannot be read are reported on standard error, and in their row; the others are classified.
+    """
+    from app.cli_classify import STDIN, classify_here, classify_there, expand, find_images, open_writer, read_list
+
+    patterns = paths or []
+    to_terminal = not (parquet or output) and sys.stdout.isatty()
+    format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
+    watched = sys.stderr.isatty()
+    _require(bool(patterns) != bool(files_from), "give PATHS or --files-from, one of them")
+    _require(as_json + as_csv + bool(parquet) <= 1, "--json, --csv and --parquet exclude one another")
+    _require(not (parquet and output), "--parquet names its own file; leave --output out")
+    _require(not (url and model), "--model is for this machine; the server at --url has its own")
+    _require(bool(url) or not api_key_file, "--api-key-file is for --url")
+    _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
+    _require(files_from in {None, STDIN} or Path(files_from or "").exists(), f"--files-from: {files_from} does not exist")
+    roots = expand(patterns)
+    if parquet:
+        import pyarrow.parquet  # noqa: F401 (it may be missing, and that should be said before anything is done)
+
+    def files() -> Iterator[str]:
+        return read_list(files_from) if files_from else find_images(roots)
+
+    # counted for the bar alone, by looking twice: a list of all files would be the one thing here that grows with their number
+    shows_bar = watched and not to_terminal
+    total = sum(1 for _ in files()) if shows_bar and not files_from else None
+    begin, done, failed = time.monotonic(), 0, 0
+    with ExitStack() as stack:
+        if url:
+            client = stack.enter_context(_open_client(url, _read_key(api_key_file)))
+            client.model()  # a wrong address is known at once, not after the first image's deadline
+            rows = classify_there(client, files(), top_k)
+        else:
+            service = _open_service(model)
+            stack.callback(service.close)
+            rows = classify_here(service, files(), top_k)
+        stack.callback(rows.close)
+        write = stack.enter_context(open_writer(format_name, parquet or output))
+        bar = stack.enter_context(
+            typer.progressbar(rows, length=total, label="classifying", file=sys.stderr, hidden=not shows_bar, show_pos=True)
+        )
+        for row in bar:
+            write(row)
+            done += 1
+            if "error" in row:
+                failed += 1
+                typer.secho(f"{row['filename']}  {row['error']['detail']}", fg="red", err=True)
+    if not done:
+        raise StartupError(f"no image in {files_from or ', '.join(patterns)}")
+    if watched:
+        seconds = time.monotonic() - begin
+        typer.echo(f"{done:,} images in {seconds:.1f} s, {done / seconds:.0f} a second; {failed:,} failed", err=True)
     if failed:
         raise SystemExit(1)
 
 
 @app.command()
+def bench(
+    url: Annotated[str, typer.Argument(help="Of the running server, e.g. http://127.0.0.1:8000.")],
+    clients: Annotated[list[int] | None, typer.Option(min=1, help="Clients at once; may be repeated. Default: 1, 8, 32.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.1, help="Instead: requests a second at random times, answered or not.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each measurement.")] = 5,
+    image: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Image to send; may be repeated. Default: a made one.")
+    ] = None,
+    api_key_file: KeyOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a running server: requests a second and latencies. Exits with 1 if a request was not answered."""
+    from app.cli_bench import bench as measure
+
+    _require(not (clients and rate), "--clients and --rate exclude one another")
+    key = _read_key(api_key_file)
+    with _open_client(url, key) as client:
+        fine = measure(client, url, key, clients or [1, 8, 32], rate, seconds, image or [], as_json)
+    if not fine:
+        raise SystemExit(1)
+
+
+@app.command()
 def info(model: ModelOption = None) -> None:
-    """Show what a model says of itself, as JSON."""
+    """Show what a model says of itself, how this machine would run it, and the versions of what runs it, as JSON."""
     service = _open_service(model)
-    typer.echo(json.dumps({"sha256": service.sha256, **service.metadata.model_dump(mode="json")}, indent=2))
+    scheduler = service.scheduler
+    engine = {
+        "provider": service.session.provider,
+        "workers": scheduler.workers,
+        "max_batch": scheduler.max_batch,
+        "images_per_second": {count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
+    }
+    import numpy
+    import onnxruntime
+    import PIL
+
+    versions = {"convmixer-serve": __version__, "python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (onnxruntime, numpy, PIL)}
+    card = {"sha256": service.sha256, **service.metadata.model_dump(mode="json"), "engine": engine, "versions": versions}
+    typer.echo(json.dumps(card, indent=2))
     service.close()
 
 
@@ -109,14 +186,41 @@ def main() -> None:
     """Runs the command line; a failure the user can mend becomes one line on standard error."""
     try:
         app()
-    except StartupError as error:
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        typer.secho(f"error: {package} is missing; install convmixer-serve{_EXTRAS[package]}", fg="red", err=True)
+        raise SystemExit(1) from error
+    except Exception as error:
+        if not isinstance(error, StartupError) and not _is_client_error(error):
+            raise
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        typer.secho("error: onnxruntime is missing; install convmixer-serve[cpu] or convmixer-serve[cuda]", fg="red", err=True)
-        raise SystemExit(1) from error
+
+
+def _is_client_error(error: Exception) -> bool:
+    """Without importing the client where it was not used."""
+    module = sys.modules.get("app.client")
+    return module is not None and isinstance(error, module.ClientError)
+
+
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise typer.BadParameter(message)
+
+
+def _read_key(path: Path | None) -> str | None:
+    return path.read_text().strip() if path else None
+
+
+def _open_client(url: str, api_key: str | None) -> Client:
+    from app.client import Client
+
+    try:
+        return Client(url, api_key=api_key)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _settings(**overrides: object) -> Settings:
@@ -127,49 +231,6 @@ def _open_service(model: str | None) -> Service:
     from app.service import Service
 
     return Service(_settings(model=model))
-
-
-def _image_files(paths: list[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        else:
-            yield path
-
-
-def _predictions(service: Service, files: list[Path], top_k: int) -> Iterator[tuple[Path, Prediction]]:
-    """Keeps `_WINDOW` images in flight and yields answers in the order of `files`."""
-    remaining = iter(enumerate(files))
-    in_flight: list[tuple[int, Path, Future[Outcome] | ServiceError]] = []
-    while True:
-        for index, path in islice(remaining, _WINDOW - len(in_flight)):
-            in_flight.append((index, path, _submit(service, path)))
-        if not in_flight:
-            return
-        index, path, pending = in_flight.pop(0)
-        yield path, _prediction(service, index, path, pending, top_k)
-
-
-def _submit(service: Service, path: Path) -> Future[Outcome] | ServiceError:
-    from app.errors import UndecodableImage
-
-    try:
-        return service.scheduler.submit([path.read_bytes()])[0]
-    except OSError as error:
-        return UndecodableImage(f"cannot be read: {error.strerror}")
-
-
-def _prediction(service: Service, index: int, path: Path, pending: Future[Outcome] | ServiceError, top_k: int) -> Prediction:
-    from app.schemas import item_error
-    from app.verdict import judge
-
-    try:
-        if isinstance(pending, ServiceError):
-            raise pending
-        outcome = pending.result()
-    except ServiceError as error:
-        return item_error(index, str(path), error)
-    return judge(outcome, service.metadata, index=index, filename=str(path), top_k=top_k)
 
 
 if __name__ == "__main__":

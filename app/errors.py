@@ -7,7 +7,13 @@ a request of several images those with `per_item = True` stand in the place of t
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from app.engine.scheduler import Timing
+
+CLIENT_LEFT = 499
+"""No status of HTTP, but nginx's for a client that closed its connection before the answer."""
 
 
 class ServiceError(Exception):
@@ -16,16 +22,25 @@ class ServiceError(Exception):
     Args:
         detail: one sentence: what is wrong, which limit or value, what to do. Shown to the client.
         retry_after_s: seconds after which trying again makes sense; becomes `Retry-After`.
+        reason: which of `reasons` it was; None is the first of them.
+
+    Attributes:
+        timing: of the image that failed, as far as it came; None if it never was in the queue.
     """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
     code: ClassVar[str] = "internal_error"
     per_item: ClassVar[bool] = False
+    reasons: ClassVar[tuple[str, ...]] = ()
+    """Why a request was refused before any work on it: labels of the metric `convmixer_refused_total`."""
 
-    def __init__(self, detail: str, *, retry_after_s: int | None = None) -> None:
+    timing: Timing | None = None
+
+    def __init__(self, detail: str, *, retry_after_s: int | None = None, reason: str | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s
+        self.reason = reason or next(iter(self.reasons), None)
 
 
 class MalformedRequest(ServiceError):
@@ -87,6 +102,13 @@ class InvalidParameter(ServiceError):
     code = "invalid_parameter"
 
 
+class UnknownModel(ServiceError):
+    """The Open Inference Protocol's path names another model or version than the one that is served."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "unknown_model"
+
+
 class Unauthorized(ServiceError):
     """API keys are set and the request has none of them."""
 
@@ -113,6 +135,7 @@ class Overloaded(ServiceError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
+    reasons = ("queue_full", "would_be_late", "held_bytes", "connections", "pipelined")
 
 
 class NotServing(ServiceError):
@@ -120,6 +143,7 @@ class NotServing(ServiceError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "not_serving"
+    reasons = ("draining",)
 
 
 class DeadlineExceeded(ServiceError):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import io
 import warnings as warnings_module
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError, WebPImagePlugin
 
 from app.errors import ImageTooLarge, ServiceError, UndecodableImage, UnsupportedImage
 
@@ -24,6 +24,13 @@ _DRAFT_MARGIN = 4
 """A large JPEG is decoded at a reduced scale of at least this many times the model's side: 10 × cheaper at 12 megapixels."""
 
 _ORIENTATION_TAG = 0x0112
+
+# When an answer deserves doubt whatever the model says. Of the 10,000 CIFAR-10 test images and 250 ordinary photos none is
+# called blank or blurred; of the test images blurred with a Gaussian of 1.5 pixels 93 % are.
+_MAX_ASPECT = 2
+_MAX_REDUCTION = 64
+_MIN_CONTRAST = 16
+_MIN_SHARPNESS = 0.6
 
 # Between its limit and twice its limit Pillow only warns; beyond, it raises. See `DecodeLimits.apply_to_pillow`.
 warnings_module.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -98,16 +105,16 @@ def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> Decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, limits)
+            shape = _doubts_about_shape(image.size, rule)
             if image.format == "JPEG":
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
             warnings = ["animation: only the first frame was classified"] if getattr(image, "n_frames", 1) > 1 else []
             image.load()
             upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
             full = _to_8_bit(upright, warnings)
-            if min(full.size) < rule.side:
-                warnings.append(f"{full.width} x {full.height} pixels were enlarged to {rule.side} x {rule.side}")
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
-            return DecodedImage(np.asarray(_compose_on_white(_resize(full, rule), warnings)), tuple(warnings))
+            small = _compose_on_white(_resize(full, rule), warnings)
+            return DecodedImage(np.asarray(small), (*warnings, *shape, *_doubts_about_content(small)))
     except ServiceError:
         raise
     except Image.DecompressionBombError as error:
@@ -164,3 +171,34 @@ def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
     if rule.mode == "pad":
         return ImageOps.pad(image, size, method, color=(128, 128, 128))
     return ImageOps.fit(image, size, method)
+
+
+def _doubts_about_shape(size: tuple[int, int], rule: ResizeRule) -> list[str]:
+    """What bringing a picture of this size to the model's does to it."""
+    short, long = sorted(size)
+    doubts = []
+    if short < rule.side:
+        doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {rule.side} x {rule.side}")
+    if long > _MAX_ASPECT * short:
+        effect = {
+            "crop": f"only the middle {short / long:.0%} of it was classified",
+            "squash": f"it was squeezed {long / short:.1f} to 1",
+            "pad": f"it fills only {short / long:.0%} of what was classified",
+        }
+        doubts.append(f"the picture is {size[0]} x {size[1]}: {effect[rule.mode]}")
+    reduction = (short if rule.mode == "crop" else long) / rule.side
+    if reduction >= _MAX_REDUCTION:
+        doubts.append(f"reduced {reduction:.0f} times: what is small in the picture cannot be seen; crop it to the object")
+    return doubts
+
+
+def _doubts_about_content(small: Image.Image) -> list[str]:
+    """Whether there is something to see: contrast, and the sharpest edge relative to it."""
+    grey = small.convert("L")
+    low, high = grey.getextrema()
+    contrast = cast("int", high) - cast("int", low)
+    if contrast < _MIN_CONTRAST:
+        return ["the picture is nearly of one colour"]
+    inner = (1, 1, grey.width - 1, grey.height - 1)  # Pillow's filters leave the border as it was
+    edges = grey.filter(ImageFilter.FIND_EDGES).crop(inner)
+    return ["the picture is blurred"] if cast("int", edges.getextrema()[1]) < _MIN_SHARPNESS * contrast else []

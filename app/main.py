@@ -12,11 +12,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from app import __version__
-from app.api import classify, health, problems
+from app.api import classify, health, pages, problems
+from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.protection import ApiKeys, App, RequestGuard, Scope
+from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
 from app.service import Service
 from app.settings import Settings
+from app.telemetry.exchange import Exchange
+from app.telemetry.logs import AccessLog
+from app.telemetry.traces import open_traces
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +43,28 @@ def create_app(settings: Settings | None = None) -> App:
         try:
             service = Service(settings)
             close_metrics = _serve_metrics(settings, service)
+            close_traces = _watch(settings, service)
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
         yield {"service": service}
         close_metrics()
         await run_in_threadpool(service.close)
+        await run_in_threadpool(close_traces)
 
     app = FastAPI(
         title="convmixer-serve",
         version=__version__,
         summary="Image classification with ConvMixer",
         lifespan=lifespan,
+        docs_url=None,  # `pages` has its own: FastAPI's loads its scripts from another host
+        redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.include_router(classify.router)
+    app.include_router(open_inference.router)
     app.include_router(health.router)
+    app.router.routes.extend(pages.ROUTES)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)
@@ -68,7 +78,7 @@ def create_app(settings: Settings | None = None) -> App:
         keys=ApiKeys(settings.keys()),
         max_body_bytes=settings.max_body_bytes,
         answer_failure=problems.answer_failure,
-        on_response=_count,
+        on_response=_tell,
     )
 
 
@@ -88,7 +98,18 @@ def _serve_metrics(settings: Settings, service: Service) -> Callable[[], None]:
     return close
 
 
-def _count(scope: Scope, status: int) -> None:
-    if scope["path"] == "/classify":
-        service: Service = scope["state"]["service"]
-        service.metrics.count_request(status)
+def _watch(settings: Settings, service: Service) -> Callable[[], None]:
+    """Opens traces and access log, if asked for; returns what sends the last of the traces."""
+    traces = open_traces()
+    if traces:
+        service.watchers.append(traces)  # first: the log then has its trace id
+    if settings.access_log != "off":
+        service.watchers.append(AccessLog(settings.access_log))
+    return traces.close if traces else lambda: None
+
+
+def _tell(scope: Scope, exchange: Exchange) -> None:
+    service: Service = scope["state"]["service"]
+    if classifies(scope["path"]):
+        service.metrics.count_request(exchange.status)
+    service.tell(exchange)

@@ -10,10 +10,13 @@ import hashlib
 import hmac
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from app.errors import BodyTooLarge, Overloaded, ServiceError, Unauthorized
+from app.telemetry.exchange import Exchange, server_timing
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -21,10 +24,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PROTECTED = ("/classify", "/v2")
-"""Paths that ask for a key, if there are keys: what costs the machine's time."""
+PROTECTED = ("/classify", "/v2/models")
+"""Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+def classifies(path: str) -> bool:
+    """Whether requests to this path are work for the model: those that metrics count and traces show."""
+    return path == "/classify" or (path.startswith("/v2/models/") and path.endswith("/infer"))
 
 
 def choose_request_id(sent: bytes) -> str:
@@ -54,11 +62,27 @@ class ByteBudget:
             raise Overloaded(
                 f"more than {self.limit:,} bytes of requests are in work (CONVMIXER_MAX_HELD_BYTES); try again later",
                 retry_after_s=1,
+                reason="held_bytes",
             )
 
     def give_back(self, count: int) -> None:
         """Counts bytes that are no longer held."""
         self.held -= count
+
+    @contextmanager
+    def loan(self) -> Iterator[Callable[[int], None]]:
+        """Gives a `take` of its own, and gives back at the end what was taken with it."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            taken += count
+            self.take(count)
+
+        try:
+            yield take
+        finally:
+            self.give_back(taken)
 
 
 class ApiKeys:
@@ -87,14 +111,15 @@ class RequestGuard:
     """Wraps an ASGI application.
 
     A client's `X-Request-ID` is kept if it is short and plain, else replaced; it is in `scope["state"]["request_id"]`
-    and in every answer's headers.
+    and in every answer's headers, as is `Server-Timing`. `scope["state"]["exchange"]` takes what routes know of the
+    request's images and failures.
 
     Args:
         app: the application.
         keys: who may ask.
         max_body_bytes: largest body.
         answer_failure: answers a ServiceError raised before or while the body arrived.
-        on_response: told scope and status of every answer, for metrics.
+        on_response: told scope and exchange of every answer, for metrics, access log and traces.
     """
 
     def __init__(
@@ -104,7 +129,7 @@ class RequestGuard:
         keys: ApiKeys,
         max_body_bytes: int,
         answer_failure: Callable[[Scope, ServiceError, Send], Awaitable[None]],
-        on_response: Callable[[Scope, int], None],
+        on_response: Callable[[Scope, Exchange], None],
     ) -> None:
         self.app = app
         self.keys = keys
@@ -119,15 +144,19 @@ class RequestGuard:
             return
         headers = dict(scope["headers"])
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
-        scope.setdefault("state", {})["request_id"] = request_id
+        exchange = _begin(scope, request_id)
         started = unread = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self.on_response(scope, message["status"])
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                sent = message.get("headers", ())
+                exchange.route = getattr(scope.get("route"), "path", None)
+                exchange.finish(message["status"], int(dict(sent).get(b"content-length", 0)))
+                timing = server_timing(exchange.timings, exchange.seconds)
+                message["headers"] = [*sent, (b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
+                self.on_response(scope, exchange)
                 if unread:  # the rest of the body is not worth reading
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -169,3 +198,11 @@ class RequestGuard:
             await self.answer_failure(scope, error, send_with_id)
         finally:
             service.bodies.give_back(received)
+
+
+def _begin(scope: Scope, request_id: str) -> Exchange:
+    """Puts request id and exchange where routes find them."""
+    path = scope["raw_path"].decode("ascii", "backslashreplace")
+    exchange = Exchange(scope["method"], path, scope["client"], scope["headers"], request_id, time.monotonic())
+    scope["state"] |= {"request_id": request_id, "exchange": exchange}
+    return exchange

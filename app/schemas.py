@@ -51,6 +51,7 @@ class HeatMap(TypedDict):
 
     label: str
     values: Annotated[list[list[Probability]], Field(description="Rows from top to bottom, columns from left to right.")]
+    png: Annotated[str, Field(description="The same as a grey PNG of that size, base64; white is 1.")]
 
 
 class ItemError(TypedDict):

@@ -24,12 +24,13 @@ import uvicorn
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from app.api.classify import RAW_TYPES, Wanted, server_timing
-from app.api.problems import CLIENT_LEFT, defect_response, problem_response
-from app.engine.scheduler import Outcome
-from app.errors import DeadlineExceeded, HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.api.classify import RAW_TYPES, Wanted
+from app.api.problems import defect_response, problem_response
+from app.engine.scheduler import Outcome, Timing
+from app.errors import CLIENT_LEFT, DeadlineExceeded, HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.protection import choose_request_id
 from app.settings import Settings
+from app.telemetry.exchange import Exchange, server_timing
 from app.verdict import judge
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Protocol(HttpToolsProtocol):
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.url = b""  # uvicorn's, of the request that came last
         self.service: Service = app_state["service"]
         self.settings = self.service.settings
         self.receive_by: float | None = None
@@ -124,7 +126,8 @@ class Protocol(HttpToolsProtocol):
         self._raw: RawImageRequest | None = None
         self._running: RequestResponseCycle | RawImageRequest | None = None
         self._in_headers = True
-        self._header_bytes = 0
+        self._header_bytes = 0  # of headers that are not complete
+        self._parsed_bytes = 0
         self._deaf = False
         self._stuck_since: float | None = None
 
@@ -135,7 +138,7 @@ class Protocol(HttpToolsProtocol):
         self.receive_by = self.active + self.settings.receive_timeout_s
         if full and not _make_room(cast("set[Protocol]", self.connections), self):
             limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
-            self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1))
+            self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
@@ -153,23 +156,28 @@ class Protocol(HttpToolsProtocol):
             self._header_bytes += len(data)
         super().data_received(data)
         if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
+            self._refuse_header_bytes()
 
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
         super().on_message_begin()
         self._in_headers = True
+        self._parsed_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header."""
         super().on_header(name, value)
+        self._parsed_bytes += len(name) + len(value)
         if len(self.headers) > MAX_HEADERS:
             self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
+        elif self._parsed_bytes + len(self.url) > MAX_HEADER_BYTES:
+            self._refuse_header_bytes()
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._refuse(Overloaded(f"more than {MAX_PIPELINED} requests wait on this connection", retry_after_s=1))
+            text = f"more than {MAX_PIPELINED} requests wait on this connection"
+            self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
         if self._deaf:
             return
         self._in_headers, self._header_bytes = False, 0
@@ -250,9 +258,20 @@ class Protocol(HttpToolsProtocol):
             self._raw.fail(error, keep_alive=False)
         else:
             if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
-                request_id = choose_request_id(b"")
-                self.write(problem_response(error, request_id), request_id, keep_alive=False)
+                self._answer_nothing(error)
             self.transport.close()
+
+    def _refuse_header_bytes(self) -> None:
+        self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
+
+    def _answer_nothing(self, error: ServiceError) -> None:
+        """Answers where there is no whole request."""
+        exchange = Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
+        response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
+        self.write(response, exchange.request_id, keep_alive=False)
+        exchange.finish(response.status_code, len(response.body))
+        self.service.metrics.count_failure(error.code, error.reason)
+        self.service.tell(exchange)
 
     def write(self, response: Response, request_id: str, *, keep_alive: bool) -> None:
         """Sends a whole answer.
@@ -313,6 +332,7 @@ class RawImageRequest:
         "body",
         "disconnected",
         "future",
+        "headers",
         "keep_alive",
         "message_event",
         "more_body",
@@ -326,7 +346,7 @@ class RawImageRequest:
 
     def __init__(self, protocol: Protocol, wanted: Wanted, request_id: str, keep_alive: bool) -> None:
         self.protocol, self.wanted, self.request_id, self.keep_alive = protocol, wanted, request_id, keep_alive
-        self.begin = protocol.active
+        self.begin, self.headers = protocol.active, protocol.headers
         self.body: bytes | bytearray = b""  # not a list of pieces: each of a million tiny ones would weigh 40 bytes more
         self.received = 0
         self.more_body, self.disconnected = True, False
@@ -393,28 +413,31 @@ class RawImageRequest:
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service
         metadata = service.metadata
+        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.wanted.top_k)]
         body = to_json(
             {
                 "model": {"name": metadata.name, "version": metadata.version},
-                "predictions": [judge(outcome, metadata, index=0, filename=None, top_k=self.wanted.top_k)],
+                "predictions": predictions,
                 "request_id": self.request_id,
             }
         )
         headers = b"".join([b"%s: %s\r\n" % header for header in self.protocol.server_state.default_headers])
-        service.metrics.request_s.observe(time.monotonic() - self.begin)
-        self._write(
-            200,
+        seconds = time.monotonic() - self.begin
+        self.response_started = True
+        self.protocol.transport.write(
             b"HTTP/1.1 200 OK\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nserver-timing: %b\r\n"
             b"x-request-id: %b\r\n%b\r\n%b"
             % (
                 headers,
                 len(body),
-                server_timing([outcome]).encode(),
+                server_timing((outcome.timing,), seconds).encode(),
                 self.request_id.encode(),
                 b"" if self.keep_alive else b"connection: close\r\n",
                 body,
-            ),
+            )
         )
+        service.metrics.observe_answer(seconds, predictions)
+        self._complete(200, len(body), (outcome.timing,))
 
     def fail(self, error: Exception, *, keep_alive: bool = True) -> None:
         """Answers with what went wrong.
@@ -424,32 +447,51 @@ class RawImageRequest:
             keep_alive: False if the connection must not be used again.
         """
         self.keep_alive = self.keep_alive and keep_alive
+        timings: tuple[Timing, ...] = ()
         if isinstance(error, ServiceError):
-            response = problem_response(error, self.request_id)
-            if error.per_item:
-                self.protocol.service.metrics.failures.labels(error.code).inc()
+            code, reason = error.code, error.reason
+            timings = (error.timing,) if error.timing else ()
+            timing = server_timing(timings, time.monotonic() - self.begin)
+            response = problem_response("/classify", error, self.request_id, timing=timing)
         else:
+            code, reason = ServiceError.code, None
             response = defect_response("/classify", error, self.request_id)
         self.response_started = True
         self.protocol.write(response, self.request_id, keep_alive=self.keep_alive)
-        self._complete(response.status_code)
+        self.protocol.service.metrics.count_failure(code, reason)
+        self._complete(response.status_code, len(response.body), timings, code, error)
 
-    def _write(self, status: int, answer: bytes) -> None:
-        self.response_started = True
-        self.protocol.transport.write(answer)
-        self._complete(status)
-
-    def _complete(self, status: int) -> None:
+    def _complete(
+        self,
+        status: int,
+        sent_bytes: int,
+        timings: tuple[Timing, ...],
+        code: str | None = None,
+        error: Exception | None = None,
+    ) -> None:
         self.response_complete = True
-        self._release(status)
+        self._release(status, sent_bytes, timings, code, error)
         if not self.keep_alive:
             self.protocol.transport.close()
         self.protocol.on_response_complete()
 
-    def _release(self, status: int) -> None:
+    def _release(
+        self,
+        status: int,
+        sent_bytes: int = 0,
+        timings: tuple[Timing, ...] = (),
+        code: str | None = None,
+        error: Exception | None = None,
+    ) -> None:
         self.body = b""
-        self.protocol.service.bodies.give_back(self.received)
-        self.protocol.service.metrics.count_request(status)
+        service = self.protocol.service
+        service.bodies.give_back(self.received)
+        service.metrics.count_request(status)
+        if service.watchers:
+            exchange = Exchange("POST", "/classify", self.protocol.client, self.headers, self.request_id, self.begin)
+            exchange.route, exchange.timings, exchange.code, exchange.error = exchange.path, timings, code, error
+            exchange.finish(status, sent_bytes)
+            service.tell(exchange)
 
 
 def _make_room(connections: set[Protocol], newest: Protocol) -> bool:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session, available_cores
+from app.engine.statistics import InferenceStatistics
 from app.images import DecodeLimits
 from app.protection import ApiKeys, ByteBudget
 from app.settings import Settings
-from app.telemetry import Metrics
+from app.telemetry.exchange import Exchange
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Service:
 
     Attributes:
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
+        watchers: told of every answer: the access log, the traces. With none a request costs nothing for them.
 
     Raises:
         StartupError: the artifact, the provider or a setting is wrong.
@@ -41,7 +45,9 @@ class Service:
         cores = available_cores()
         self.session = Session(verified, settings.provider, lone_threads=cores)
         self.metadata = self.session.metadata
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.metadata.classes)
+        self.watchers: list[Callable[[Exchange], None]] = []
+        self.statistics = InferenceStatistics()
         self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
         self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)
@@ -54,10 +60,10 @@ class Service:
             workers=self.calibration.workers,
             max_batch=self.calibration.max_batch,
             max_queue=settings.max_queue,
+            coalesce=settings.coalesce,
             on_batch=self.metrics.observe_batch,
         )
-        self.metrics.watch(self.scheduler)
-        self.metrics.show(self.calibration)
+        self.metrics.publish(self)
         logger.info(
             "serving %s %s (%d classes, sha256 %s…) on %s: %d workers, batches of up to %d, "
             "%.2f ms an image; measured in %.0f ms",
@@ -75,6 +81,11 @@ class Service:
     def not_ready(self) -> str | None:
         """Why no more requests should be sent here, or None."""
         return "draining" if self.leaving or self.scheduler.draining else self.scheduler.failure()
+
+    def tell(self, exchange: Exchange) -> None:
+        """Tells the watchers of an answer."""
+        for watcher in self.watchers:
+            watcher(exchange)
 
     def close(self) -> None:
         """Drains: everything accepted is answered, within `drain_timeout_s`."""

@@ -39,6 +39,7 @@ class Settings(BaseModel):
         0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
     )
     max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: measured at start.")
+    coalesce: bool = Field(True, description="Compute identical images (up to 64 KiB) that are in flight together once.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
     max_connections: int = Field(
@@ -59,7 +60,8 @@ class Settings(BaseModel):
         description="Time to go on as before after SIGTERM, but not ready, so that a load balancer leaves first, in seconds.",
     )
     api_keys: SecretStr | None = Field(
-        None, description="Keys, separated by commas, one of which /classify then asks for (`Authorization: Bearer KEY`)."
+        None,
+        description="Keys, separated by commas, one of which /classify and /v2/models ask for (`Authorization: Bearer KEY`).",
     )
     api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
     metrics_port: int | None = Field(
@@ -69,6 +71,13 @@ class Settings(BaseModel):
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Log lines as JSON objects or as text; `auto`: text if standard error is a terminal."
+    )
+    access_log: Literal["off", "errors", "all"] = Field(
+        "errors",
+        description="Which requests get a log line. `errors`: those that failed, but for refusals (503), or took over 1 s.",
+    )
 
     @classmethod
     def load(cls, **overrides: object) -> Settings:

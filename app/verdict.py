@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
 from app.engine.scheduler import Outcome
@@ -60,7 +63,10 @@ def judge(outcome: Outcome, metadata: ArtifactMetadata, *, index: int, filename:
     prediction["label"] = classes[winner]
     prediction["confidence"] = probabilities[winner]
     if rule := metadata.out_of_distribution:
-        score = probabilities[winner] if rule.score == "max_probability" else energy(logits, metadata.temperature)
+        if outcome.similarity is not None:
+            score = outcome.similarity
+        else:
+            score = probabilities[winner] if rule.score == "max_probability" else energy(logits, metadata.temperature)
         prediction["in_distribution"] = score >= rule.threshold
         prediction["in_distribution_score"] = score
     prediction["top_k"] = [{"label": classes[i], "probability": probabilities[i]} for i in best]
@@ -77,4 +83,7 @@ def heat_map(class_map: NDArray[np.float32], label: str) -> HeatMap:
     """
     low, high = float(class_map.min()), float(class_map.max())
     scaled = (class_map - low) / (high - low) if high > low else np.zeros_like(class_map)
-    return {"label": label, "values": np.round(scaled.astype(np.float64), 4).tolist()}
+    png = io.BytesIO()
+    Image.fromarray(np.round(scaled * 255).astype(np.uint8)).save(png, "PNG")
+    values = np.round(scaled.astype(np.float64), 4).tolist()
+    return {"label": label, "values": values, "png": base64.b64encode(png.getvalue()).decode()}

@@ -21,13 +21,14 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from app.engine.scheduler import Outcome, Scheduler
+from app.engine.scheduler import Outcome, Scheduler, Timing
 from app.errors import Overloaded
 from app.images import DecodeLimits, decode_image
+from app.load import prepare
 from app.server import Protocol
 from app.service import Service
 from app.settings import Settings
-from benchmarks.clients import prepare
+from app.verdict import judge
 from benchmarks.serve import PHOTOS, processor
 
 REPEATS = 300
@@ -74,7 +75,7 @@ async def measure() -> dict[str, float]:
     body = sorted(PHOTOS.glob("*/*.webp"))[0].read_bytes()
     rule, limits = service.metadata.resize, DecodeLimits(10**7, 10**4)
     pixels = decode_image(body, rule, limits).pixels[np.newaxis]
-    outcome = Outcome(service.session.infer(pixels)[0], None, (), 0.001, 0.001, 0.005, 1)
+    outcome = Outcome(service.session.infer(pixels).logits[0], None, None, (), Timing(0.0, 0.001, 0.001, 0.002, 0.005, 1))
 
     real: Scheduler = service.scheduler
     answering = Answering()
@@ -97,6 +98,14 @@ async def measure() -> dict[str, float]:
     if not transport.written.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"no answer but {transport.written[:100]!r}")
     answering.refuse = True
+    predictions = [judge(outcome, service.metadata, index=0, filename=None, top_k=5)]
+
+    def count() -> None:
+        service.metrics.observe_batch([outcome])
+        service.metrics.observe_answer(0.005, predictions)
+        service.metrics.count_request(200)
+
+    stages["of these: metrics"] = _time(count)
     stages["refusal (event loop)"] = _time(lambda: protocol.data_received(wire))
     if not transport.written.startswith(b"HTTP/1.1 503"):
         raise RuntimeError(f"no refusal but {transport.written[:100]!r}")

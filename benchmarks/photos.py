@@ -67,7 +67,7 @@ def main() -> None:
     for mode, method in itertools.product(MODES, FILTERS):
         rule = ResizeRule(config.image_size, mode, method)  # type: ignore[arg-type]
         pixels, folders = decode_all(files, rule)
-        predicted = np.concatenate([session.infer(part) for part in np.array_split(pixels, 8)]).argmax(1)
+        predicted = np.concatenate([session.infer(part).logits for part in np.array_split(pixels, 8)]).argmax(1)
         is_other = np.array([folder == OTHER for folder in folders])
         right = np.array([names[p] == folder for p, folder in zip(predicted, folders, strict=True)])
         row: dict[str, object] = {"mode": mode, "filter": method, "accuracy": float(right[~is_other].mean())}
@@ -111,7 +111,7 @@ def scores(
 ) -> dict[str, NDArray[np.float64]]:
     """Every score of uint8 [N, S, S, 3]."""
     parts = np.array_split(pixels, max(1, len(pixels) // 64))
-    logits = torch.from_numpy(np.concatenate([session.infer(part) for part in parts])).double() / temperature
+    logits = torch.from_numpy(np.concatenate([session.infer(part).logits for part in parts])).double() / temperature
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     own = F.normalize(features(network, images, config))
     similarity = torch.cat([(part @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1] for part in own.split(500)])

@@ -34,8 +34,9 @@ import onnxruntime
 from app.engine.artifact import read_verified
 from app.engine.session import Session, available_cores
 from app.images import DecodeLimits, decode_image
+from app.load import Request, Tally, prepare
 from app.settings import Settings
-from benchmarks.clients import Request, Tally, closed_loop, open_loop, prepare
+from benchmarks.clients import closed_loop, open_loop
 
 CLIENTS = (1, 8, 32, 128)
 MANY_IMAGES = 64
@@ -57,7 +58,7 @@ class Limit:
     def label(self, body: bytes, *, alone: bool = False) -> str:
         """Top class of one encoded image."""
         pixels = decode_image(body, self.session.metadata.resize, self.decode_limits).pixels
-        return self.session.metadata.classes[int(self.session.infer(pixels[np.newaxis], alone=alone).argmax())]
+        return self.session.metadata.classes[int(self.session.infer(pixels[np.newaxis], alone=alone).logits.argmax())]
 
     def rate(self, threads: int, seconds: float) -> float:
         """Images a second: one thread uses every core for each image, several one each."""

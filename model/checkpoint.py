@@ -21,6 +21,8 @@ from torch import Tensor
 from model.convmixer import ConvMixer, ConvMixerConfig
 
 FORMAT = "convmixer-checkpoint/1"
+CLASS_MEANS = "class_means"
+"""Tensor of a released checkpoint beside the network's: mean pooled features of each class's training images, [C, h]."""
 
 
 class CheckpointError(Exception):
@@ -91,7 +93,7 @@ def build_model(checkpoint: Checkpoint) -> ConvMixer:
     """
     try:
         model = ConvMixer(ConvMixerConfig.from_dict(checkpoint.description["model"]))
-        model.load_state_dict(checkpoint.tensors)
+        model.load_state_dict({name: tensor for name, tensor in checkpoint.tensors.items() if name != CLASS_MEANS})
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"not a model checkpoint: {error}") from error
     return model.eval()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.checkpoint import Checkpoint, build_model
+from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
 from model.convmixer import ConvMixer, count_macs
 
 CONTRACT = "convmixer-artifact/1"
@@ -36,17 +36,19 @@ class ExportError(Exception):
 
 
 class Servable(nn.Module):
-    """The network as the service calls it: uint8 pixels in, logits and class maps out.
+    """The network as the service calls it: uint8 pixels in, logits, class maps and similarity out.
 
     Args:
         model: a trained network.
+        class_means: see `model.checkpoint.CLASS_MEANS`, float [C, h].
         mean: per-channel mean of pixels in [0, 1] that the network was trained with.
         std: per-channel standard deviation, likewise.
     """
 
-    def __init__(self, model: ConvMixer, mean: list[float], std: list[float]) -> None:
+    def __init__(self, model: ConvMixer, class_means: Tensor, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.model = model
+        self.directions = nn.Parameter(nn.functional.normalize(class_means))
         # conv(w, (x/255 - mean)/std) = conv(w/(255·std), x) - Σ w·mean/std, since a stride-p patch has no padding
         scale = 1 / torch.tensor(std).view(1, -1, 1, 1)
         shift = torch.tensor(mean).view(1, -1, 1, 1)
@@ -56,14 +58,16 @@ class Servable(nn.Module):
             conv.bias -= (conv.weight * scale * shift).sum((1, 2, 3))
             conv.weight *= scale / 255
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, S/p, S/p].
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, S/p, S/p], similarity float32 [N].
 
-        logits = mean over positions of class maps + bias.
+        logits = mean over positions of class maps + bias; similarity is `training.metrics.feature_similarity`.
         """
         features = self.model.forward_features(images.permute(0, 3, 1, 2).float())
         class_maps = nn.functional.conv2d(features, self.model.head.weight[:, :, None, None])
-        return self.model.forward_head(features), class_maps
+        pooled = features.mean((2, 3))
+        similarity = (nn.functional.normalize(pooled) @ self.directions.T).amax(1)
+        return self.model.head(pooled), class_maps, similarity
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class ParityReport:
 
 
 def export(
-    checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, metadata: dict[str, Any], score: str = "max_probability"
+    checkpoint: Checkpoint, images: NDArray[np.uint8], output: Path, metadata: dict[str, Any], score: str = "feature_similarity"
 ) -> ParityReport:
     """Writes the artifact and its `.sha256`, if it answers as PyTorch does.
 
@@ -97,8 +101,10 @@ def export(
         The parity that was measured; it is part of the artifact's metadata too.
 
     Raises:
-        ExportError: the answers differ; nothing is written.
+        ExportError: the answers differ, or the checkpoint has no class means; nothing is written.
     """
+    if CLASS_MEANS not in checkpoint.tensors:
+        raise ExportError("the checkpoint has no class means; run `convmixer-train calibrate` on it")
     description = checkpoint.description
     side = description["image_size"]
     reference = build_model(checkpoint)
@@ -116,8 +122,8 @@ def export(
     }
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         draft = Path(folder) / output.name
-        _write_graph(build_model(checkpoint), description, draft)
-        parity = check_parity(draft, reference, description, images)
+        _write_graph(build_model(checkpoint), checkpoint.tensors[CLASS_MEANS], description, draft)
+        parity = check_parity(draft, reference, checkpoint.tensors[CLASS_MEANS], description, images)
         complete["parity"] = asdict(parity)
         _write_metadata(draft, complete)
         digest = hashlib.sha256(draft.read_bytes()).hexdigest()
@@ -126,15 +132,15 @@ def export(
     return parity
 
 
-def _write_graph(model: ConvMixer, description: dict[str, Any], path: Path) -> None:
+def _write_graph(model: ConvMixer, class_means: Tensor, description: dict[str, Any], path: Path) -> None:
     side = description["image_size"]
-    servable = Servable(model, description["normalize_mean"], description["normalize_std"]).eval()
+    servable = Servable(model, class_means, description["normalize_mean"], description["normalize_std"]).eval()
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         servable,
         (example,),
         input_names=["images"],
-        output_names=["logits", "class_maps"],
+        output_names=["logits", "class_maps", "similarity"],
         dynamic_shapes={"images": {0: torch.export.Dim("N")}},
         opset_version=OPSET,
         dynamo=True,
@@ -161,11 +167,13 @@ def _write_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 
 @torch.inference_mode()
-def check_parity(path: Path, reference: ConvMixer, description: dict[str, Any], images: NDArray[np.uint8]) -> ParityReport:
+def check_parity(
+    path: Path, reference: ConvMixer, class_means: Tensor, description: dict[str, Any], images: NDArray[np.uint8]
+) -> ParityReport:
     """Compares onnxruntime with PyTorch on small batches and on every image given.
 
     Raises:
-        ExportError: a logit differs by more than `LOGIT_TOLERANCE`, a top-1 class differs, or
+        ExportError: a logit or similarity differs by more than `LOGIT_TOLERANCE`, a top-1 class differs, or
             logits ≠ mean(class maps) + bias.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -174,9 +182,14 @@ def check_parity(path: Path, reference: ConvMixer, description: dict[str, Any], 
     chunks += [images[i : i + _PARITY_CHUNK] for i in range(0, len(images), _PARITY_CHUNK)]
     difference, equal, compared = 0.0, 0, 0
     for number, chunk in enumerate(chunks):
-        logits, class_maps = (np.asarray(output) for output in session.run(["logits", "class_maps"], {"images": chunk}))
+        outputs = session.run(["logits", "class_maps", "similarity"], {"images": chunk})
+        logits, class_maps, similarity = (np.asarray(output) for output in outputs)
         pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255
-        expected = reference((pixels - mean) / std).numpy()
+        features = reference.forward_features((pixels - mean) / std)
+        expected = reference.forward_head(features).numpy()
+        cosines = nn.functional.cosine_similarity(features.mean((2, 3))[:, None], class_means[None], dim=2).amax(1)
+        if not np.allclose(similarity, cosines.numpy(), atol=LOGIT_TOLERANCE):
+            raise ExportError("the similarity is not the cosine to the nearest class mean")
         difference = max(difference, float(np.abs(logits - expected).max()))
         from_maps = class_maps.mean((2, 3)) + reference.head.bias.numpy()
         if not np.allclose(from_maps, logits, atol=LOGIT_TOLERANCE):

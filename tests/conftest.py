@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,3 +74,16 @@ def base_url() -> Iterator[str]:
 def client(base_url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=base_url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def convmixer_on_path(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which a shell finds this tree's `convmixer`, as its installation would make it."""
+    folder = tmp_path_factory.mktemp("bin")
+    command = folder / "convmixer"
+    command.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom app.cli import main\nmain()\n"
+    )
+    command.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVMIXER_")}
+    return environment | {"PATH": f"{folder}:{environment['PATH']}"}

@@ -23,7 +23,7 @@ def test_images_install_hashed_pins_of_everything_that_is_asked_for(repository, 
     assert all("--hash=sha256:" in entry for entry in entries)
 
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"][extra]]:
+    for text in [*project["dependencies"], *project["optional-dependencies"][extra], *project["optional-dependencies"]["otel"]]:
         asked = Requirement(text)
         assert asked.specifier.contains(pinned[canonicalize_name(asked.name)]), f"{text}: run make pins"
 

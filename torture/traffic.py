@@ -9,7 +9,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.clients import closed_loop, open_loop, prepare
+from app.load import prepare
+from benchmarks.clients import closed_loop, open_loop
 from torture.target import Finding, Target, metrics, now, percentile, pictures, post, read_answer, target, top_class
 
 DEADLINE_MS = 250

@@ -1,4 +1,4 @@
-"""The `convmixer-train` command: train, evaluate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The `convmixer-train` command: train, evaluate, calibrate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -90,6 +90,19 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint; it is rewritten.")],
+    data: DataOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Fit temperature and rejection thresholds anew on the held-out slice; `train` does it once at its end."""
+    from training.calibrate import recalibrate
+
+    figures = recalibrate(checkpoint, data, _usable_device(device))
+    typer.echo(f"temperature {figures['temperature']:.3f}; evaluate and export {checkpoint} again")
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint with evaluation.json beside it.")],
     output: Annotated[Path, typer.Argument(help="The .onnx file to write; its .sha256 is written beside it.")],
@@ -115,11 +128,11 @@ def card(
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Markdown file; pictures go to images/ beside it.")] = Path("docs/model-card.md"),
 ) -> None:
-    """Write the model card with its pictures."""
+    """Write the model card with its pictures, and as HTML beside the artifact, where the service shows it."""
     from training.release import write_card_for
 
     write_card_for(checkpoint, artifact, data, output)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {output} and {artifact.with_suffix('.card.html')}")
 
 
 @app.command()

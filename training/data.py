@@ -126,5 +126,5 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
     if upright.size != (image_size, image_size):
-        upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BICUBIC)
+        upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BILINEAR)
     return np.array(upright)

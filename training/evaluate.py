@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import build_model, load_checkpoint
+from model.convmixer import ConvMixer
 from training.augment import normalization
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
@@ -53,14 +54,26 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
     return report
 
 
-@torch.inference_mode()
 def compute_logits(
-    model: nn.Module, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
+    model: ConvMixer, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> Tensor:
     """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
+    return compute_outputs(model, data, config, device, progress=progress)[0]
+
+
+@torch.inference_mode()
+def compute_outputs(
+    model: ConvMixer, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As `compute_logits`, with the pooled features before the head: float32 [N, C], float32 [N, h]."""
     model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
     batches = tqdm(
         data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
     )
-    return torch.cat([model(normalize(b).to(device, memory_format=torch.channels_last)).float().cpu() for b in batches])
+    logits, pooled = [], []
+    for batch in batches:
+        features = model.forward_features(normalize(batch).to(device, memory_format=torch.channels_last))
+        logits.append(model.forward_head(features).float().cpu())
+        pooled.append(features.mean((2, 3)).float().cpu())
+    return torch.cat(logits), torch.cat(pooled)

@@ -36,19 +36,35 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return float(log_temperature.detach().exp())
 
 
-def familiarity(logits: Tensor, temperature: float) -> dict[str, Tensor]:
+def feature_similarity(features: Tensor, class_means: Tensor) -> Tensor:
+    """Cosine of each image's features to those of the nearest class mean: float [N].
+
+    The class means tell what the 50 nearest training images tell (arXiv 2204.06507), at none of the cost: docs/training.md.
+
+    Args:
+        features: pooled, before the head, float [N, h].
+        class_means: float [C, h].
+    """
+    return (F.normalize(features) @ F.normalize(class_means).T).amax(1)
+
+
+def familiarity(logits: Tensor, temperature: float, similarity: Tensor) -> dict[str, Tensor]:
     """Scores that are higher for pictures like those of the training: name → float64 [N].
 
     `max_probability` (arXiv 1610.02136) and `energy`, log Σ exp (arXiv 2010.03759, with the sign turned), both of the
-    logits after temperature scaling.
+    logits after temperature scaling, and `feature_similarity` as given.
     """
     scaled = logits.double() / temperature
-    return {"max_probability": F.softmax(scaled, dim=1).amax(1), "energy": scaled.logsumexp(1)}
+    return {
+        "max_probability": F.softmax(scaled, dim=1).amax(1),
+        "energy": scaled.logsumexp(1),
+        "feature_similarity": similarity.double(),
+    }
 
 
-def rejection_thresholds(logits: Tensor, temperature: float, kept: float = 0.95) -> dict[str, float]:
+def rejection_thresholds(scores: dict[str, Tensor], kept: float = 0.95) -> dict[str, float]:
     """For each score the value below which a picture is called "none of the classes": keeps 95 % of held-out images."""
-    return {name: float(torch.quantile(values, 1 - kept)) for name, values in familiarity(logits, temperature).items()}
+    return {name: float(torch.quantile(values, 1 - kept)) for name, values in scores.items()}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:

@@ -16,11 +16,11 @@ from model.export import METADATA_KEY, ExportError, ParityReport, export
 from training.data import load_images
 from training.errors import DataError
 
-RESIZE = {"mode": "crop", "filter": "bicubic"}
+RESIZE = {"mode": "crop", "filter": "bilinear"}
 """How the service brings other shapes to the input size; `training.data` does the same."""
 
-SCORE = "max_probability"
-"""How the service tells pictures of none of the classes."""
+SCORE = "feature_similarity"
+"""How the service tells pictures of none of the classes: the best of three, docs/training.md."""
 
 
 def export_artifact(
@@ -63,7 +63,7 @@ def export_artifact(
 
 
 def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path | None, output: Path) -> None:
-    """Writes the model card of a released artifact.
+    """Writes the model card of a released artifact, and the same as HTML beside the artifact for the service to show.
 
     Args:
         checkpoint_path: a `model.safetensors` with `evaluation.json` beside it.
@@ -76,7 +76,7 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
         ExportError: the file is no artifact, or was not exported from this checkpoint.
         OSError: the artifact cannot be read or the card not written.
     """
-    from training.report import write_card
+    from training.report import render_card, write_card
 
     evaluation = load_evaluation(checkpoint_path)
     try:
@@ -91,6 +91,7 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
     if data.fingerprint() != evaluation["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was evaluated on; give the same --data")
     write_card(checkpoint, evaluation, artifact, data, output)
+    artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
 
 
 def load_evaluation(checkpoint_path: Path) -> dict[str, Any]:

@@ -1,7 +1,12 @@
-"""The model card: Markdown and pictures, generated from the released checkpoint and its evaluation. Never edited by hand."""
+"""The model card: Markdown and pictures, generated from the released checkpoint and its evaluation. Never edited by hand.
+
+The same card as one piece of HTML lies beside the artifact, for the service to show: it travels with the model, whoever
+installs it and however.
+"""
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,10 @@ import matplotlib as mpl
 mpl.use("agg")
 
 import matplotlib.pyplot as plt
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from matplotlib.axes import Axes
+from PIL import Image
 
 from model.checkpoint import Checkpoint
 from training.data import ImageSet
@@ -40,6 +48,31 @@ def write_card(
     draw_reliability(evaluation["bins"], pictures / f"{stem}-reliability.png")
     draw_mistakes(evaluation["mistakes"], data, pictures / f"{stem}-mistakes.png")
     output.write_text(_markdown(checkpoint.description, evaluation, artifact, stem))
+
+
+def render_card(card: Path) -> str:
+    """The card as HTML with its pictures inside (`data:` URLs), without a frame: the service's page has that.
+
+    Args:
+        card: a Markdown file of `write_card`.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens: list[Token] = []
+    for token in parser.parse(card.read_text(encoding="utf-8")):
+        if token.info == "json":  # fifty lines of settings: for those who ask
+            opening, closing = "<details>\n<summary>All settings of the run</summary>\n", "</details>\n"
+            tokens += [Token("html_block", "", 0, content=opening), token, Token("html_block", "", 0, content=closing)]
+        else:
+            tokens.append(token)
+    for inline in [child for token in tokens for child in token.children or ()]:
+        if inline.type == "image":
+            picture = card.parent / str(inline.attrs["src"])
+            with Image.open(picture) as image:
+                inline.attrs["width"], inline.attrs["height"] = image.size  # the page does not jump when it is drawn
+            inline.attrs["src"] = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    html = str(parser.renderer.render(tokens, parser.options, {}))
+    nameless = "<thead>\n<tr>\n<th></th>\n<th></th>\n</tr>\n</thead>\n"  # Markdown cannot do without, HTML can
+    return f'<article class="prose">\n{html.replace(nameless, "")}</article>\n'
 
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.checkpoint import CLASS_MEANS, CheckpointError, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from training import __version__
+from training.calibrate import Calibration
 from training.config import TrainConfig
 from training.data import ImageSet
 from training.errors import ConfigError, ResumeError, StorageError
@@ -125,7 +126,7 @@ class TrainingState:
         if changed:
             raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
         same_classes = found.description["classes"] == self.classes
-        weights = {k: v for k, v in found.tensors.items() if same_classes or not k.startswith("head.")}
+        weights = {k: v for k, v in found.tensors.items() if k != CLASS_MEANS and (same_classes or not k.startswith("head."))}
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]
@@ -140,7 +141,7 @@ class TrainingState:
         self,
         model: nn.Module,
         progress: Progress,
-        calibration: dict[str, Any],
+        calibration: Calibration,
         n_training: int,
         n_validation: int,
         runtime: Runtime,
@@ -155,7 +156,7 @@ class TrainingState:
             "image_size": self.config.image_size,
             "normalize_mean": list(self.config.normalize_mean),
             "normalize_std": list(self.config.normalize_std),
-            "calibration": calibration,
+            "calibration": calibration.figures,
             "training": {
                 "config": self.config.to_dict(),
                 "steps": progress.step,
@@ -173,7 +174,7 @@ class TrainingState:
             },
             "code_version": __version__,
         }
-        _write(path, dict(model.state_dict()), description)
+        _write(path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
         return path
 
 

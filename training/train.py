@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from model.convmixer import ConvMixer, count_parameters
 from training.augment import Augmentation
+from training.calibrate import calibrate
 from training.config import TrainConfig
 from training.convolution import use_fast_weight_gradients
 from training.data import ImageSet, split_validation
@@ -36,7 +37,6 @@ from training.distill import Distillation
 from training.distributed import join, local_device
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
-from training.metrics import fit_temperature, probability_scores, rejection_thresholds
 from training.runtime import Runtime, autocast
 from training.state import Progress, TrainingState
 
@@ -164,7 +164,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
             if epoch_ends:
-                released = ema.module if config.ema_decay else model
+                released: ConvMixer = ema.module if config.ema_decay else model  # type: ignore[assignment]
                 val_logits = compute_logits(released, validation, config, device)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
@@ -196,26 +196,10 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 tqdm.write(f"stopped at step {step + 1} by a signal; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + (termination or [signal.SIGTERM])[0])
         if group.leads:
-            released = ema.module if config.ema_decay else model
-            calibration = calibrate(compute_logits(released, validation, config, device), validation.labels)
+            released = ema.module if config.ema_decay else model  # type: ignore[assignment]
+            calibration = calibrate(released, training, validation, config, device)
             state.release(released, progress, calibration, len(training), len(validation), runtime)
     return output / "model.safetensors"
-
-
-def calibrate(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Temperature and rejection thresholds, fitted on the held-out slice; never on the test set.
-
-    Args:
-        logits: of the validation images, float32 [N, C].
-        labels: int64 [N].
-    """
-    temperature = fit_temperature(logits, labels)
-    return {
-        "temperature": temperature,
-        "thresholds": rejection_thresholds(logits, temperature),
-        "before": probability_scores(logits, labels),
-        "after": probability_scores(logits, labels, temperature),
-    }
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

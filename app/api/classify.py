@@ -6,29 +6,27 @@ chooses between these three; what kind of image it is, the bytes say.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-import itertools
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.problems import CLIENT_LEFT, problem_response
-from app.engine.scheduler import Outcome
-from app.errors import DeadlineExceeded, MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
-from app.protection import Receive
+from app.api.inference import DeadlineHeader, infer, read_body
+from app.api.problems import problem_response
+from app.engine.scheduler import Outcome, Timing
+from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service
+from app.telemetry.exchange import Exchange
 from app.verdict import judge
 
 router = APIRouter()
@@ -122,7 +120,7 @@ async def classify(
     request: Request,
     top_k: Annotated[int, Query(ge=1, le=1000, description="Classes listed for each image, at most all.")] = 5,
     explain: Annotated[bool, Query(description="Add a heat map of the evidence for the predicted class.")] = False,
-    x_deadline_ms: Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")] = None,
+    x_deadline_ms: DeadlineHeader = None,
 ) -> Response:
     """Send one image as the raw body, one or many as `multipart/form-data`, or base64 strings as JSON.
 
@@ -130,97 +128,53 @@ async def classify(
     are answered; if all are bad, the request fails.
     """
     service: Service = request.state.service
-    begin = time.monotonic()
     uploads = await _read_uploads(request, service.settings.max_images)
     wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
-    leaving = asyncio.ensure_future(client_leaves(request.receive))
-    try:
-        return await answer(service, uploads, wanted, begin, request.state.request_id, leaving)
-    finally:
-        leaving.cancel()
-
-
-async def answer(
-    service: Service, uploads: list[Upload], wanted: Wanted, begin: float, request_id: str, leaving: asyncio.Future[None]
-) -> Response:
-    """Classifies what was read.
-
-    Args:
-        service: the running service.
-        uploads: the request's images.
-        wanted: the request's parameters.
-        begin: time.monotonic() at which the body began to arrive.
-        request_id: for the answer.
-        leaving: done when the client has left; work that has not begun is dropped then.
-
-    Raises:
-        ServiceError: the request as a whole failed.
-    """
-    timeout_s = wanted.deadline_ms / 1000 - (time.monotonic() - begin)
-    if timeout_s <= 0:
-        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
     good = [upload.data for upload in uploads if upload.error is None]
-    futures = service.scheduler.submit(good, explain=wanted.explain, timeout_s=timeout_s) if good else []
-    leaving.add_done_callback(lambda _: [future.cancel() for future in futures])
-    await _all_done(futures)
-    if leaving.done():
-        return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
+    exchange: Exchange = request.state.exchange
+    results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
+    return _answer(service, uploads, results, wanted, exchange)
 
+
+def _answer(
+    service: Service,
+    uploads: list[Upload],
+    results: list[Outcome | BaseException],
+    wanted: Wanted,
+    exchange: Exchange,
+) -> Response:
+    """Puts what the engine said of the good uploads among the errors of the others."""
     predictions: list[Prediction] = []
-    outcomes: list[Outcome] = []
+    answered = False
+    timings: list[Timing] = []
     errors: list[ServiceError] = []
-    done = iter(futures)
+    done = iter(results)
     for index, upload in enumerate(uploads):
-        result = upload.error or _result(next(done))
+        result = upload.error or next(done)
         if isinstance(result, Outcome):
-            outcomes.append(result)
+            answered = True
+            timings.append(result.timing)
             predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
-            service.metrics.failures.labels(result.code).inc()
+            service.metrics.count_failure(result.code)
+            if result.timing:
+                timings.append(result.timing)
             predictions.append(item_error(index, upload.filename, result))
         else:
             raise result
-    service.metrics.request_s.observe(time.monotonic() - begin)
-    if not outcomes:
-        return _all_failed(errors, predictions, request_id)
+    exchange.timings = timings
+    if not answered:
+        exchange.code, exchange.error = errors[0].code, errors[0]
+        return _all_failed(errors, predictions, exchange.request_id)
     body: ClassifyAnswer = {
         "model": {"name": service.metadata.name, "version": service.metadata.version},
         "predictions": predictions,
-        "request_id": request_id,
+        "request_id": exchange.request_id,
     }
-    return Response(to_json(body), headers={"Server-Timing": server_timing(outcomes)}, media_type="application/json")
-
-
-async def _all_done(futures: list[Future[Outcome]]) -> None:
-    """Waits for the engine's threads: one wake-up of the event loop a request, however many images it has."""
-    if not futures:
-        return
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-    left = itertools.count(len(futures) - 1, -1)  # atomic: `next` on it is one step of the interpreter
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    def one_done(_: Future[Outcome]) -> None:
-        if next(left) == 0:
-            loop.call_soon_threadsafe(wake)
-
-    for future in futures:
-        future.add_done_callback(one_done)
-    await waiter
-
-
-def _result(future: Future[Outcome]) -> Outcome | BaseException:
-    return future.exception() or future.result()
-
-
-async def client_leaves(receive: Receive) -> None:
-    """Returns when the client has closed its connection; to be called when the body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    content = to_json(body)
+    service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
+    return Response(content, media_type="application/json")
 
 
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
@@ -228,9 +182,9 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
-        uploads = _read_json(await _read_body(request))
+        uploads = _read_json(await read_body(request))
     elif media_type in RAW_TYPES or not media_type:
-        uploads = [Upload(await _read_body(request))]
+        uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
             raise MalformedRequest("the body is empty; send an image")
     else:
@@ -242,14 +196,6 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
             f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests"
         )
     return uploads
-
-
-async def _read_body(request: Request) -> bytes:
-    """Unlike Starlette's, this keeps no list of pieces: each of a million tiny ones would weigh 40 bytes more."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-    return bytes(body)
 
 
 async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
@@ -289,18 +235,8 @@ def _from_base64(text: str) -> Upload:
 def _all_failed(errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:
     """A problem document with the status of the failure if there is one kind of it, else 422, and each image's reason."""
     if len(errors) == 1:
-        return problem_response(errors[0], request_id)
+        return problem_response("/classify", errors[0], request_id)
     same = len({type(error) for error in errors}) == 1
     summary = errors[0] if same else UndecodableImage("")
     summary = type(summary)(f"all {len(errors)} images failed; `predictions` has each one's reason")
-    return problem_response(summary, request_id, predictions)
-
-
-def server_timing(outcomes: list[Outcome]) -> str:
-    """The slowest image's time in each stage, in milliseconds (W3C Server Timing).
-
-    Args:
-        outcomes: of one request, at least one.
-    """
-    decode_s, queue_s, infer_s = map(max, zip(*((o.decode_s, o.queue_s, o.infer_s) for o in outcomes), strict=True))
-    return f"decode;dur={decode_s * 1000:.2f}, queue;dur={queue_s * 1000:.2f}, infer;dur={infer_s * 1000:.2f}"
+    return problem_response("/classify", summary, request_id, predictions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from app.schemas import ModelCard, ProbeAnswer
@@ -53,12 +53,6 @@ async def model(request: Request) -> ModelCard:
         batch_ms={size: round(ms, 3) for size, ms in service.calibration.batch_ms.items()},
         images_per_second={count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
     )
-
-
-@router.get("/", include_in_schema=False)
-async def root() -> Response:
-    """The interactive documentation."""
-    return RedirectResponse("/docs")
 
 
 def _service(request: Request) -> Service:

@@ -1,8 +1,13 @@
-"""Every failure as an RFC 9457 problem document; the one place where an exception becomes an HTTP answer."""
+"""The one place where an exception becomes an HTTP answer.
+
+Every failure is an RFC 9457 problem document, and under `/v2` what the Open Inference Protocol has in its place:
+`{"error": "…"}`, whoever found it (a route, the guard, the server).
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
@@ -14,35 +19,46 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from app.errors import ServiceError, Unauthorized
+from app.errors import CLIENT_LEFT, InvalidParameter, ServiceError, Unauthorized
 from app.protection import Send
 from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
-
-CLIENT_LEFT = 499
-"""No status of HTTP, but nginx's for a client that closed its connection before the answer."""
+_OPEN_INFERENCE = re.compile(r"/v2(?:[/?]|$)")
 
 
-def problem_response(error: ServiceError, request_id: str, predictions: list[Prediction] | None = None) -> Response:
-    """The answer to a failed request; `predictions` gives each image's reason when several failed."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+def problem_response(
+    path: str, error: ServiceError, request_id: str, predictions: list[Prediction] | None = None, timing: str | None = None
+) -> Response:
+    """The answer to a failed request.
+
+    Args:
+        path: of the request; under /v2 failures have another form.
+        error: what went wrong.
+        request_id: for the answer.
+        predictions: each image's reason when several failed.
+        timing: the Server-Timing header, where nobody else adds it.
+    """
+    headers = {} if timing is None else {"Server-Timing": timing}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return _respond(error.status, error.code, error.detail, request_id, headers, predictions)
+    return _respond(path, error.status, error.code, error.detail, request_id, headers, predictions)
 
 
 def defect_response(path: str, error: Exception, request_id: str) -> Response:
     """The answer when the service itself is wrong; the reason goes to the log."""
-    logger.error("defect while answering %s, request %s", path, request_id, exc_info=error)
+    logger.error("defect while answering %s", path, exc_info=error, extra={"request_id": request_id})
     detail = "a defect of the service; its log has the reason under this request id"
-    return _respond(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", detail, request_id, {})
+    return _respond(path, HTTPStatus.INTERNAL_SERVER_ERROR, ServiceError.code, detail, request_id, {})
 
 
 async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
     """Answers a failure found outside FastAPI."""
-    response = problem_response(error, scope["state"]["request_id"])
+    _note(scope, error.code, error)
+    response = problem_response(scope["path"], error, scope["state"]["request_id"])
 
     async def no_body() -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}
@@ -55,18 +71,23 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:
-        return problem_response(error, request.state.request_id)
+        _note(request.scope, error.code, error)
+        return problem_response(request.scope["path"], error, request.state.request_id)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
         details = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-        return _respond(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid_parameter", details, request.state.request_id, {})
+        _note(request.scope, InvalidParameter.code, error)
+        status, path = HTTPStatus.UNPROCESSABLE_ENTITY, request.scope["path"]
+        return _respond(path, status, InvalidParameter.code, details, request.state.request_id, {})
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
         code = status.phrase.lower().replace(" ", "_")
-        return _respond(status, code, str(error.detail), request.state.request_id, dict(error.headers or {}))
+        _note(request.scope, code, error)
+        headers = dict(error.headers or {})
+        return _respond(request.scope["path"], status, code, str(error.detail), request.state.request_id, headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_left(request: Request, error: ClientDisconnect) -> Response:
@@ -74,10 +95,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
-        return defect_response(request.url.path, error, request.state.request_id)
+        _note(request.scope, ServiceError.code, error)
+        return defect_response(request.scope["path"], error, request.state.request_id)
+
+
+def _note(scope: MutableMapping[str, Any], code: str, error: Exception) -> None:
+    """Tells metrics, access log and traces what went wrong."""
+    state = scope["state"]
+    state["service"].metrics.count_failure(code, error.reason if isinstance(error, ServiceError) else None)
+    state["exchange"].code, state["exchange"].error = code, error
 
 
 def _respond(
+    path: str,
     status: HTTPStatus,
     code: str,
     detail: str,
@@ -85,6 +115,8 @@ def _respond(
     headers: dict[str, str],
     predictions: list[Prediction] | None = None,
 ) -> Response:
+    if _OPEN_INFERENCE.match(path):
+        return Response(to_json({"error": detail}), status, headers, "application/json")
     # schemas.Problem describes it; building one would take longer than all else in a refusal under overload
     problem: dict[str, Any] = {
         "type": "about:blank",

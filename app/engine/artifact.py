@@ -25,10 +25,11 @@ class OutOfDistribution(BaseModel):
     """How "none of my classes" is decided: `score` below `threshold`.
 
     `max_probability` is the largest probability (arXiv 1610.02136), `energy` the log of the sum of the exponentials of
-    the logits after temperature scaling (arXiv 2010.03759, with the sign turned).
+    the logits after temperature scaling (arXiv 2010.03759, with the sign turned), `feature_similarity` the model's output
+    `similarity`: the cosine of the picture's features to the nearest class's mean (after arXiv 2204.06507).
     """
 
-    score: Literal["max_probability", "energy"]
+    score: Literal["max_probability", "energy", "feature_similarity"]
     threshold: float
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.engine.session import Session
-from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,33 @@ _SAFETY = 2.0
 """Only what would be done in half the time it has is accepted: the prediction may be wrong by so much, and a queue longer
 than that makes nothing faster."""
 
+_COALESCED_BYTES = 64 * 1024
+"""Larger images are not compared: they rarely come twice at once, and the event loop would have to read all of each."""
+
 HANG_TIMEOUT_S = 5.0
 """A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """One image's way through the stages; what it did not reach is 0.
+
+    Attributes:
+        submitted: time.monotonic() at which it began to wait.
+        queue_s: seconds spent waiting; decoding begins where they end.
+        decode_s: seconds spent decoding this image.
+        infer_begin: time.monotonic() at which its batch went to the model.
+        infer_s: seconds the batch spent in the model.
+        batch_size: images in that batch.
+    """
+
+    submitted: float
+    queue_s: float = 0.0
+    decode_s: float = 0.0
+    infer_begin: float = 0.0
+    infer_s: float = 0.0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,34 +68,39 @@ class Outcome:
     Attributes:
         logits: float32 [C].
         class_maps: float32 [C, h, w], or None if not asked for.
+        similarity: to the training images, or None if the artifact's score needs none.
         warnings: of the decoder.
-        queue_s: seconds spent waiting.
-        decode_s: seconds spent decoding this image.
-        infer_s: seconds the batch spent in the model.
-        batch_size: images in that batch.
+        timing: of this image.
     """
 
     logits: NDArray[np.float32]
     class_maps: NDArray[np.float32] | None
+    similarity: float | None
     warnings: tuple[str, ...]
-    queue_s: float
-    decode_s: float
-    infer_s: float
-    batch_size: int
+    timing: Timing
 
 
-@dataclass(eq=False)
-class _Item:
-    """One image on its way. `decoded` is set by the worker."""
+@dataclass(eq=False, slots=True)
+class _Asker:
+    """Who waits for an image, and until when (time.monotonic())."""
 
-    data: bytes
-    explain: bool
     deadline: float
     future: Future[Outcome] = field(default_factory=Future)
-    submitted: float = field(default_factory=time.monotonic)
+
+
+_Key = tuple[bytes, bool]
+
+
+@dataclass(eq=False, slots=True)
+class _Item:
+    """One image on its way. `decoded` is set by the worker; `key` is None if nobody can join the one that asked first."""
+
+    data: bytes | DecodedImage
+    explain: bool
+    askers: list[_Asker]
+    timing: Timing
+    key: _Key | None
     decoded: DecodedImage | None = None
-    queue_s: float = 0.0
-    decode_s: float = 0.0
 
 
 class Scheduler:
@@ -84,6 +113,7 @@ class Scheduler:
         workers: threads that decode and infer.
         max_batch: largest batch.
         max_queue: images waiting at most.
+        coalesce: compute identical images that are in flight together once.
         on_batch: called after each batch with its outcomes, for metrics; must not raise.
     """
 
@@ -96,15 +126,17 @@ class Scheduler:
         workers: int,
         max_batch: int,
         max_queue: int,
+        coalesce: bool = True,
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self.session, self.rule, self.limits = session, rule, limits
         self.workers, self.max_batch, self.max_queue = workers, max_batch, max_queue
-        self._on_batch = on_batch
+        self._coalesce, self._on_batch = coalesce, on_batch
         # None ends the worker that takes it. This queue's waiting and waking are the interpreter's own, a tenth of the
         # cost of a Condition's.
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._admission = threading.Lock()
+        self._admission = threading.Lock()  # of the queue, of `_open` and of every item's askers
+        self._open: dict[_Key, _Item] = {}
         self._draining = False
         self._busy_since: dict[int, float] = {}
         # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
@@ -113,11 +145,13 @@ class Scheduler:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, images: Sequence[bytes], *, explain: bool = False, timeout_s: float = math.inf) -> list[Future[Outcome]]:
-        """Queues encoded images, all or none.
+    def submit(
+        self, images: Sequence[bytes | DecodedImage], *, explain: bool = False, timeout_s: float = math.inf
+    ) -> list[Future[Outcome]]:
+        """Queues images, all or none.
 
         Args:
-            images: whole image files.
+            images: whole image files, or pixels that need no decoding, of the model's input size.
             explain: also compute class maps.
             timeout_s: an image whose turn has not come by then is dropped.
 
@@ -130,25 +164,45 @@ class Scheduler:
             Overloaded: no room, or what waits would take more than half of `timeout_s` (503 with Retry-After).
             NotServing: draining (503).
         """
-        deadline = time.monotonic() + timeout_s
-        items = [_Item(data, explain, deadline) for data in images]
+        now = time.monotonic()
+        askers = [_Asker(now + timeout_s) for _ in images]
         with self._admission:
             if self._draining:
                 raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
+            joining: list[tuple[_Item, _Asker]] = []
+            items: list[_Item] = []
+            new: dict[_Key, _Item] = {}
+            for data, asker in zip(images, askers, strict=True):
+                key = (data, explain) if self._coalesce and isinstance(data, bytes) and len(data) <= _COALESCED_BYTES else None
+                if key is not None and (twin := self._open.get(key) or new.get(key)):
+                    joining.append((twin, asker))
+                    continue
+                items.append(_Item(data, explain, [asker], Timing(now), key))
+                if key is not None:
+                    new[key] = items[-1]
             wait_s = self._predicted_wait_s(len(items))
-            if self.waiting() + len(items) > self.max_queue or wait_s * _SAFETY > timeout_s:
+            full = self.waiting() + len(items) > self.max_queue
+            if items and (full or wait_s * _SAFETY > timeout_s):
                 raise Overloaded(
                     f"{self.waiting()} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
                     f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
                     retry_after_s=max(1, math.ceil(wait_s)),
+                    reason="queue_full" if full else "would_be_late",
                 )
+            for twin, asker in joining:
+                twin.askers.append(asker)
+            self._open |= new
             for item in items:
                 self._waiting.put(item)
-        return [item.future for item in items]
+        return [asker.future for asker in askers]
 
     def waiting(self) -> int:
         """Images in the queue."""
         return self._waiting.qsize()
+
+    def busy(self) -> int:
+        """Workers that have a batch."""
+        return len(self._busy_since)
 
     def failure(self) -> str | None:
         """Why the engine is dead, or None while it is alive: every worker thread runs and none is stuck."""
@@ -178,7 +232,7 @@ class Scheduler:
             thread.join(max(0.0, give_up - time.monotonic()))
         left = list(iter(self._take, None))
         for item in left:
-            _fail(item, NotServing("the service shut down before the image's turn came"))
+            self._fail(item, NotServing("the service shut down before the image's turn came"))
         return not left and not any(t.is_alive() for t in self._threads)
 
     def _take(self) -> _Item | None:
@@ -213,15 +267,14 @@ class Scheduler:
             except Exception as error:  # nobody may wait for ever, and the worker must live
                 logger.exception("a batch failed outside decoding and inference")
                 for item in batch:
-                    if not item.future.done():
-                        _fail(item, InferenceFailed("the engine failed; the log has the reason"), error)
+                    self._fail(item, InferenceFailed("the engine failed; the log has the reason"), error)
             finally:
                 del self._busy_since[me]
 
     def _process(self, batch: list[_Item], alone: bool) -> None:
         begin = time.monotonic()
         # a client may leave while its image is decoded, too
-        ready = [item for item in batch if self._decode(item) and item.future.set_running_or_notify_cancel()]
+        ready = [item for item in batch if self._decode(item) and self._is_wanted(item)]
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]
             if group:
@@ -232,59 +285,78 @@ class Scheduler:
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
     def _decode(self, item: _Item) -> bool:
-        if item.future.cancelled():
-            return False
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
-        item.queue_s = begin - item.submitted
+        item.timing.queue_s = begin - item.timing.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
-        if begin > item.deadline or (self.waiting() and begin + self._image_s > item.deadline):
-            _fail(
-                item, DeadlineExceeded("the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later")
-            )
+        if not self._is_wanted(item, begin + self._image_s if self.waiting() else begin):
             return False
         try:
-            item.decoded = decode_image(item.data, self.rule, self.limits)
+            data = item.data
+            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits)
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
-            _fail(item, error)
+            item.timing.decode_s = time.monotonic() - begin
+            self._fail(item, error)
             return False
         item.data = b""
-        item.decode_s = time.monotonic() - begin
+        item.timing.decode_s = time.monotonic() - begin
         return True
 
     def _infer(self, group: list[_Item], explain: bool, alone: bool) -> None:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
-            logits, class_maps = self.session.explain(images) if explain else (self.session.infer(images, alone=alone), None)
-            if len(logits) != len(group):
-                raise RuntimeError(f"{len(group)} images gave {len(logits)} answers")
+            answers = self.session.infer(images, explain=explain, alone=alone)
+            if len(answers.logits) != len(group):
+                raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
         except Exception as error:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 for item in group:
                     self._infer([item], explain, alone)
                 return
             logger.exception("inference failed")
-            _fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
+            group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
+            self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
             return
         infer_s = time.monotonic() - begin
-        outcomes = [
-            Outcome(
-                logits[i],
-                None if class_maps is None else class_maps[i],
-                item.decoded.warnings if item.decoded else (),
-                item.queue_s,
-                item.decode_s,
-                infer_s,
-                len(group),
-            )
-            for i, item in enumerate(group)
-        ]
+        outcomes = []
+        for i, item in enumerate(group):
+            item.timing.infer_begin, item.timing.infer_s, item.timing.batch_size = begin, infer_s, len(group)
+            class_maps = None if answers.class_maps is None else answers.class_maps[i]
+            similarity = None if answers.similarity is None else float(answers.similarity[i])
+            warnings = item.decoded.warnings if item.decoded else ()
+            outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
         for item, outcome in zip(group, outcomes, strict=True):
-            item.future.set_result(outcome)
+            for future in self._close(item):
+                future.set_result(outcome)
         self._on_batch(outcomes)
 
+    def _is_wanted(self, item: _Item, ready_by: float = -math.inf) -> bool:
+        """Drops who has left, refuses who would have it too late; False if nobody remains and nothing is to be done."""
+        with self._admission:
+            late = [asker for asker in item.askers if asker.deadline < ready_by]
+            item.askers = [a for a in item.askers if a.deadline >= ready_by and not a.future.cancelled()]
+            if not item.askers and item.key is not None:
+                self._open.pop(item.key, None)
+        for asker in late:
+            if asker.future.set_running_or_notify_cancel():
+                error = DeadlineExceeded(
+                    "the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later"
+                )
+                error.timing = item.timing
+                asker.future.set_exception(error)
+        return bool(item.askers)
 
-def _fail(item: _Item, error: Exception, cause: Exception | None = None) -> None:
-    error.__cause__ = cause or error.__cause__
-    if item.future.running() or item.future.set_running_or_notify_cancel():
-        item.future.set_exception(error)
+    def _close(self, item: _Item) -> list[Future[Outcome]]:
+        """Lets nobody join any more; the futures of those who still wait, which are to be resolved now."""
+        with self._admission:
+            if item.key is not None:
+                self._open.pop(item.key, None)
+            askers, item.askers = item.askers, []
+        return [asker.future for asker in askers if asker.future.set_running_or_notify_cancel()]
+
+    def _fail(self, item: _Item, error: Exception, cause: Exception | None = None) -> None:
+        error.__cause__ = cause or error.__cause__
+        if isinstance(error, ServiceError):
+            error.timing = item.timing
+        for future in self._close(item):
+            future.set_exception(error)

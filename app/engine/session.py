@@ -1,4 +1,4 @@
-"""onnxruntime behind two calls: `infer` and `explain`. Chooses the provider, checks the graph, warms up."""
+"""onnxruntime behind one call, `infer`. Chooses the provider, checks the graph, warms up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,20 @@ import onnxruntime
 
 Provider = Literal["cpu", "cuda"]
 _PROVIDER_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Answers(NamedTuple):
+    """What the model says of a batch.
+
+    Attributes:
+        logits: float32 [N, C].
+        similarity: float32 [N], to the training images; None if the artifact's score needs none.
+        class_maps: float32 [N, C, h, w]; None if not asked for.
+    """
+
+    logits: NDArray[np.float32]
+    similarity: NDArray[np.float32] | None
+    class_maps: NDArray[np.float32] | None
 
 
 class Session:
@@ -44,34 +58,33 @@ class Session:
         self.provider, self._session = _open(model, provider)
         self._lone = _create(model, "cpu", lone_threads) if self.provider == "cpu" and lone_threads > 1 else self._session
         self.metadata: ArtifactMetadata = parse_metadata(self._session.get_modelmeta().custom_metadata_map)
-        _check_graph(self._session, self.metadata)
+        rule = self.metadata.out_of_distribution
+        self._outputs = ["logits", "similarity"] if rule and rule.score == "feature_similarity" else ["logits"]
+        _check_graph(self._session, self.metadata, {*self._outputs, "class_maps"})
         # without this the class maps would be computed, and thrown away, on every plain request
         self._plain = onnxruntime.RunOptions()
         self._plain.only_execute_path_to_fetches = True
         self.warm_up_ms = self._warm_up()
 
-    def infer(self, images: NDArray[np.uint8], *, alone: bool = False) -> NDArray[np.float32]:
-        """Logits of a batch: uint8 [N, S, S, 3], RGB → float32 [N, C].
+    def infer(self, images: NDArray[np.uint8], *, explain: bool = False, alone: bool = False) -> Answers:
+        """Runs the model on a batch.
 
         Args:
-            images: of the model's input size.
+            images: uint8 [N, S, S, 3], RGB, of the model's input size.
+            explain: with class maps.
             alone: no other batch runs now, so this one may use every core.
         """
         session = self._lone if alone else self._session
-        (logits,) = session.run(["logits"], {"images": images}, self._plain)
-        return logits  # type: ignore[no-any-return]
-
-    def explain(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits and class maps of a batch: uint8 [N, S, S, 3], RGB → float32 [N, C], float32 [N, C, h, w]."""
-        logits, class_maps = self._session.run(["logits", "class_maps"], {"images": images})
-        return logits, class_maps
+        wanted = [*self._outputs, "class_maps"] if explain else self._outputs
+        found = dict(zip(wanted, session.run(wanted, {"images": images}, self._plain), strict=True))
+        return Answers(found["logits"], found.get("similarity"), found.get("class_maps"))
 
     def _warm_up(self) -> float:
         side = self.metadata.input_size
         begin = time.perf_counter()
         blank = np.zeros((1, side, side, 3), np.uint8)
-        logits, _ = self.explain(blank)
-        again = [self.infer(blank), self.infer(blank, alone=True)]
+        logits = self.infer(blank, explain=True).logits
+        again = [self.infer(blank).logits, self.infer(blank, alone=True).logits]
         if not np.isfinite(logits).all() or not np.allclose(logits, again, atol=1e-4):
             raise StartupError("the model's answer to a blank image is not finite or not repeatable; export it again")
         return (time.perf_counter() - begin) * 1000
@@ -124,12 +137,12 @@ def _create(model: VerifiedBytes, provider: Provider, threads: int = 1) -> onnxr
         raise StartupError(f"{model.path.name} is no model that onnxruntime can load: {error}") from error
 
 
-def _check_graph(session: onnxruntime.InferenceSession, metadata: ArtifactMetadata) -> None:
+def _check_graph(session: onnxruntime.InferenceSession, metadata: ArtifactMetadata, needed: set[str]) -> None:
     inputs = [(i.name, i.type, list(i.shape[1:])) for i in session.get_inputs()]
     side = metadata.input_size
     if inputs != [("images", "tensor(uint8)", [side, side, 3])]:
         raise StartupError(f"the model must have one input 'images', uint8 [N, {side}, {side}, 3]; it has {inputs}")
     outputs = {o.name: list(o.shape) for o in session.get_outputs()}
     classes = len(metadata.classes)
-    if set(outputs) != {"logits", "class_maps"} or outputs["logits"][1] != classes or outputs["class_maps"][1] != classes:
-        raise StartupError(f"the model must have outputs 'logits' [N, {classes}] and 'class_maps'; it has {outputs}")
+    if not needed <= set(outputs) or outputs["logits"][1] != classes or outputs["class_maps"][1] != classes:
+        raise StartupError(f"the model must have outputs {sorted(needed)}, for {classes} classes; it has {outputs}")

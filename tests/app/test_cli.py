@@ -1,4 +1,4 @@
-"""The `convmixer` command as a process."""
+"""The `convmixer` command as a process. Its ways to classify are tested with docs/client.md (tests/system/test_client.py)."""
 
 from __future__ import annotations
 
@@ -6,66 +6,216 @@ import csv
 import io
 import json
 import os
+import pty
+import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
+import pyarrow.parquet as pq
 import pytest
 
+from app.cli import main
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
-    command = [sys.executable, "-m", "app.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "app.cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
+
+
+def run(*arguments: object, stdin: bytes = b"", **variables: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        command(*arguments), capture_output=True, input=stdin, env=environment() | variables, timeout=120, check=False
+    )
+    text = [stream.decode(errors="surrogateescape") for stream in (result.stdout, result.stderr)]
+    return subprocess.CompletedProcess(result.args, result.returncode, *text)
 
 
 def test_help_lists_the_commands():
     result = run("--help")
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("serve", "classify", "info"))
+    assert all(name in result.stdout for name in ("serve", "classify", "bench", "info"))
 
 
-def test_info_prints_the_metadata():
+def test_info_prints_metadata_engine_and_versions():
     result = run("info")
     assert result.returncode == 0
-    assert json.loads(result.stdout)["contract"] == "convmixer-artifact/1"
+    card = json.loads(result.stdout)
+    assert card["contract"] == "convmixer-artifact/1"
+    assert card["engine"]["provider"] == "cpu"
+    assert card["engine"]["workers"] >= 1
+    assert {"convmixer-serve", "python", "onnxruntime", "numpy", "PIL"} == card["versions"].keys()
 
 
-def test_classify_a_folder_in_order_as_json(samples):
-    folder = samples[120].path.parent
-    result = run("classify", str(folder), "--format", "json", "--top-k", "2")
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def mixed(samples, repository, tmp_path):
+    """A list of files: three good ones, one of them with a name that is no UTF-8 and one with the characters of a glob; a
+    damaged one, text, a missing one."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in (b"[a]*.webp", b"caf\xe9.webp"):
+        (folder / os.fsdecode(name)).write_bytes(samples[0].data)
+    (folder / "damaged.png").write_bytes((repository / "docs" / "images" / "cat.png").read_bytes()[:1000])
+    (folder / "note.txt").write_text("no image")
+    return [*sorted(folder.iterdir()), samples[1].path, folder / "gone.png"]
+
+
+NAMES = [b"[a]*.webp", b"caf\xe9.webp", b"damaged.png", b"note.txt", None, b"gone.png"]
+CODES = [None, None, "undecodable_image", "unsupported_image", None, "undecodable_image"]
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_bad_files_are_reported_the_rest_is_classified_and_the_exit_code_says_so(mixed, server, base_url):
+    stdin = b"\n".join(os.fsencode(path) for path in mixed)
+    result = run("classify", "--files-from", "-", *(["--url", base_url] if server else []), "--json", stdin=stdin)
+    assert result.returncode == 1
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [row["filename"] for row in rows] == [str(p) for p in sorted(folder.iterdir())]
-    assert sum(row["label"] == folder.name for row in rows) >= 14
-    assert all(len(row["top_k"]) == 2 for row in rows)
+    assert [row["filename"] for row in rows] == [str(path) for path in mixed]
+    codes = [row.get("error", {}).get("code") for row in rows]
+    assert codes == [*CODES[:5], "unreadable" if server else CODES[5]]
+    assert [line.partition("  ")[0] for line in result.stderr.splitlines()] == [
+        str(path).encode(errors="backslashreplace").decode() for path, code in zip(mixed, CODES, strict=True) if code
+    ]
 
 
-def test_a_bad_file_is_reported_the_rest_is_classified_and_the_exit_code_says_so(samples, tmp_path):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"nothing")
-    result = run("classify", str(samples[0].path), str(bad), "--format", "csv")
+def test_errors_and_odd_names_in_csv_and_parquet(mixed, tmp_path):
+    """Of files that are named, not only those that look like images; in a folder only those."""
+    result = run("classify", *mixed[:5], stdin=b"")
     assert result.returncode == 1
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
-    assert [bool(row["error"]) for row in rows] == [False, True]
-    table = run("classify", str(samples[0].path), str(bad))
-    assert table.returncode == 1
-    assert str(samples[0].path) in table.stdout
-    assert f"{bad}  not an image" in table.stderr
+    assert [row["file"] for row in rows] == [str(path) for path in mixed[:5]]
+    assert [bool(row["error"]) for row in rows] == [bool(code) for code in CODES[:5]]
+    result = run("classify", mixed[0].parent, "--parquet", tmp_path / "out.parquet")
+    assert result.returncode == 1
+    assert not result.stdout
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [(row["file"].rpartition("/")[2], row["error_code"]) for row in table] == [
+        ("[a]*.webp", None),
+        ("caf\\xe9.webp", None),
+        ("damaged.png", "undecodable_image"),
+    ]
+    assert [row["confidence"] is None for row in table] == [False, False, True]
+
+
+def on_terminal(*arguments: object, stdout: int | None = None) -> str:
+    """What a person sees: standard error, and standard output unless it goes elsewhere, are a terminal."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command(*arguments), stdout=stdout or theirs, stderr=theirs, env=environment())
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # EIO: the last one has closed it
+        while piece := os.read(ours, 4096):
+            seen += piece
+    os.close(ours)
+    assert process.wait(60) == 1
+    return seen.decode()
+
+
+def test_a_person_gets_a_table_and_elsewhere_a_progress_bar(mixed, samples, tmp_path):
+    seen = on_terminal("classify", samples[1].path, mixed[2])
+    assert re.search(rf"label +confidence +file\r\n{samples[1].label} +\d+.\d% +{samples[1].path}", seen)
+    assert "damaged.png  " in seen
+    assert re.search(r"2 images in [\d.]+ s, \d+ a second; 1 failed", seen)
+    with (tmp_path / "out.csv").open("wb") as file:
+        seen = on_terminal("classify", mixed[0].parent, stdout=file.fileno())
+    assert "3/3" in seen
+    assert "confidence" not in seen
+    assert len((tmp_path / "out.csv").read_bytes().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["classify", "/nowhere"], 2, "does not exist"),
-        (["classify", "."], 1, "no image"),
+        (["classify", "*.nothing"], 2, "matches nothing"),
+        (["classify"], 2, "give PATHS or --files-from"),
+        (["classify", ".", "--json", "--csv"], 2, "exclude one another"),
+        (["classify", ".", "--files-from", "/nowhere"], 2, "give PATHS or --files-from"),
+        (["classify", "--files-from", "/nowhere"], 2, "/nowhere does not exist"),
+        (["classify", ".", "--csv", "--output", "/nowhere/a.csv"], 2, "cannot be written"),
+        (["classify", ".", "--url", "localhost"], 2, "begins with http"),
+        (["classify", ".", "--url", "http://127.0.0.1:1"], 1, "error: no answer from http://127.0.0.1:1"),
+        (["classify", "."], 1, "no image in ."),
+        (["bench", "http://127.0.0.1:1"], 1, "no answer from"),
         (["info", "--model", "gone.onnx"], 1, "gone.onnx cannot be read"),
         (["fly"], 2, "No such command"),
     ],
 )
-def test_failures_are_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, repository):
-    monkeypatch.setenv("PYTHONPATH", str(repository))
+def test_failures_are_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    result = run(*arguments)
-    assert result.returncode == code
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(sys, "argv", ["convmixer", *arguments])
+    for name in set(os.environ) - set(environment()):
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", capfd.readouterr().err).split())
+
+
+@pytest.mark.parametrize(("module", "extra"), [("httpx", "[client]"), ("pyarrow", "[parquet]"), ("onnxruntime", "[cpu]")])
+def test_a_missing_extra_is_named(module, extra, tmp_path, samples):
+    code = f"import sys; sys.modules[{module!r}] = None; from app.cli import main; main()"
+    option = {"httpx": ["--url", "http://127.0.0.1:1"], "pyarrow": ["--parquet", tmp_path / "out"], "onnxruntime": []}[module]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "classify", samples[0].path, *option],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {module} is missing; install convmixer-serve{extra}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_ctrl_c_ends_it_with_whole_rows(samples, server, base_url, tmp_path):
+    endless = tmp_path / "list"
+    endless.write_text("".join(f"{sample.path}\n" for sample in samples) * 500)
+    options = ["--url", base_url] if server else []
+    process = subprocess.Popen(
+        command("classify", "--files-from", endless, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        env=environment(),
+    )
+    begin = process.stdout.read(2000)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    rows = list(csv.reader(io.StringIO((begin + rest).decode())))
+    assert {len(row) for row in rows} == {5}
+    assert [row[0] for row in rows[1:201]] == [str(sample.path) for sample in samples[: len(rows) - 1]]
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_trace(samples):
+    script = f"{' '.join(command('classify', samples[0].path.parent.parent, '--json'))} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment(), check=False)
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["index"] == 0
+    assert not result.stderr
+
+
+def test_bash_completes_commands(convmixer_on_path):
+    script = """
+    eval "$(_CONVMIXER_COMPLETE=source_bash convmixer)"
+    complete -p convmixer
+    COMP_WORDS=(convmixer cl); COMP_CWORD=1
+    _convmixer_completion convmixer
+    echo "${COMPREPLY[@]}"
+    """
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=convmixer_on_path, check=True)
+    assert result.stdout.splitlines()[-2:] == ["complete -o default -F _convmixer_completion convmixer", "classify"]
+
+
+def test_other_shells_have_completion_too(convmixer_on_path):
+    for shell in ("zsh", "fish"):
+        environment = convmixer_on_path | {"_CONVMIXER_COMPLETE": f"source_{shell}"}
+        result = subprocess.run(["convmixer"], capture_output=True, text=True, env=environment, check=True)
+        assert f"_CONVMIXER_COMPLETE=complete_{shell}" in result.stdout

@@ -8,7 +8,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 
 from app.errors import ImageTooLarge, UndecodableImage, UnsupportedImage
 from app.images import DecodeLimits, ResizeRule, decode_image
@@ -151,6 +151,26 @@ def test_a_frame_beyond_its_screen_is_refused_before_it_is_filled(monkeypatch):
     data = b"GIF89a" + struct.pack("<HH", 32, 32) + b"\0\0\0" + b"," + frame + b"\0" + b"\2\2L\1\0;"
     with pytest.raises(ImageTooLarge, match="CONVMIXER_MAX_PIXELS"):
         decode_image(data, RULE, LIMITS)
+
+
+def test_what_cannot_be_seen_well_is_said(samples):
+    doubted = [decode_image(sample.data, RULE, LIMITS).warnings for sample in samples]
+    assert not any(doubted)
+
+    def warnings_of(image: Image.Image, rule: ResizeRule = RULE) -> tuple[str, ...]:
+        return decode_image(encode(image, "PNG"), rule, DecodeLimits(10**8, 10**5)).warnings
+
+    pictures = [Image.open(io.BytesIO(sample.data)) for sample in samples]
+    blurred = [warnings_of(each.filter(ImageFilter.GaussianBlur(1.5))) for each in pictures]
+    assert sum(found == ("the picture is blurred",) for found in blurred) > 0.9 * len(samples)
+    assert warnings_of(Image.new("RGB", (40, 40), (200, 10, 10))) == ("the picture is nearly of one colour",)
+
+    wide = pictures[0].convert("RGB").resize((320, 80), Image.Resampling.NEAREST)
+    effects = {"crop": "only the middle 25% of it", "squash": "squeezed 4.0 to 1", "pad": "fills only 25%"}
+    for mode, effect in effects.items():
+        assert effect in warnings_of(wide, ResizeRule(32, mode))[0]
+    huge = pictures[0].convert("RGB").resize((2100, 2100), Image.Resampling.NEAREST)
+    assert warnings_of(huge) == ("reduced 66 times: what is small in the picture cannot be seen; crop it to the object",)
 
 
 def test_other_bytes_are_no_image(picture):

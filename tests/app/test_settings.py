@@ -31,8 +31,11 @@ def test_a_bad_value_is_named(monkeypatch, name, value):
 def test_every_setting_is_documented_with_its_default(repository):
     """docs/settings.md has one table row a setting: variable, default, description."""
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \| (.*) \|$", (repository / "docs" / "settings.md").read_text(), re.MULTILINE)
+
+    def written(default: object) -> str:
+        return "" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
     expected = [
-        (ENV_PREFIX + name.upper(), "" if field.default is None else str(field.default), field.description)
-        for name, field in Settings.model_fields.items()
+        (ENV_PREFIX + name.upper(), written(field.default), field.description) for name, field in Settings.model_fields.items()
     ]
     assert rows == expected

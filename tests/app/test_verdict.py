@@ -1,8 +1,12 @@
+import base64
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
-from app.engine.scheduler import Outcome
+from app.engine.scheduler import Outcome, Timing
 from app.images import ResizeRule
 from app.verdict import energy, heat_map, judge, softmax
 
@@ -21,8 +25,8 @@ def metadata(threshold: float | None, score: str = "max_probability") -> Artifac
     )
 
 
-def outcome(*logits: float) -> Outcome:
-    return Outcome(np.array(logits, np.float32), None, ("note",), 0, 0, 0, 1)
+def outcome(*logits: float, similarity: float | None = None) -> Outcome:
+    return Outcome(np.array(logits, np.float32), None, similarity, ("note",), Timing(0))
 
 
 def test_softmax_divides_by_the_temperature_and_survives_large_logits():
@@ -51,6 +55,19 @@ def test_low_energy_is_called_none_of_the_classes(threshold, inside):
     assert answer["in_distribution"] is inside
     assert answer["in_distribution_score"] == pytest.approx(np.log(2 + np.exp(1.5)))
     assert answer["confidence"] == pytest.approx(0.69, abs=0.01)
+
+
+@pytest.mark.parametrize(("threshold", "inside"), [(0.7, True), (0.8, False)])
+def test_features_unlike_every_class_are_called_none_of_the_classes(threshold, inside):
+    rule = metadata(threshold, "feature_similarity")
+    answer = judge(outcome(0, 3, 0, similarity=0.75), rule, index=0, filename=None, top_k=1)
+    assert (answer["in_distribution"], answer["in_distribution_score"]) == (inside, 0.75)
+
+
+def test_a_heat_map_is_a_picture_too():
+    made = heat_map(np.array([[-2, 0], [2, 1], [0, 0]], np.float32), "a")
+    with Image.open(io.BytesIO(base64.b64decode(made["png"]))) as picture:
+        assert np.array_equal(np.asarray(picture), np.round(np.array(made["values"]) * 255))
 
 
 def test_heat_maps_span_zero_to_one_and_a_flat_one_is_zero():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from model.checkpoint import Checkpoint
+from model.checkpoint import CLASS_MEANS, Checkpoint
 from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
 
 IMAGES = Path(__file__).parent.parent / "data" / "cifar10"
@@ -61,10 +61,14 @@ def released(random_net: Callable[..., ConvMixer]) -> Callable[..., Checkpoint]:
             "image_size": image_size,
             "normalize_mean": [0.4914, 0.4822, 0.4465],
             "normalize_std": [0.2470, 0.2435, 0.2616],
-            "calibration": {"temperature": 1.25, "thresholds": {"max_probability": 0.4, "energy": 1.5}},
+            "calibration": {
+                "temperature": 1.25,
+                "thresholds": {"max_probability": 0.4, "energy": 1.5, "feature_similarity": 0.7},
+            },
             "code_version": "0.0.test",
         }
-        return Checkpoint(net.state_dict(), description)
+        means = torch.randn(len(classes), net.config.hidden_dim, generator=torch.Generator().manual_seed(5))
+        return Checkpoint({**net.state_dict(), CLASS_MEANS: means}, description)
 
     return build
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import export as export_module
-from model.checkpoint import Checkpoint, build_model
+from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
 from model.convmixer import ConvMixer, count_macs
 from model.export import CONTRACT, METADATA_KEY, ExportError, ParityReport, Servable, check_parity, export
 
@@ -81,16 +81,43 @@ def test_inputs_and_outputs_are_the_contracts(exported: Exported) -> None:
     assert (images.name, images.type) == ("images", "tensor(uint8)")
     assert isinstance(images.shape[0], str)
     assert images.shape[1:] == [side, side, 3]
-    logits, maps = session.get_outputs()
+    logits, maps, similarity = session.get_outputs()
     count, cells = len(exported.checkpoint.description["classes"]), side // patch["patch_size"]
     assert (logits.name, logits.type, logits.shape[1:]) == ("logits", "tensor(float)", [count])
     assert (maps.name, maps.type, maps.shape[1:]) == ("class_maps", "tensor(float)", [count, cells, cells])
+    assert (similarity.name, similarity.type, len(similarity.shape)) == ("similarity", "tensor(float)", 1)
 
 
 def test_logits_are_the_mean_of_the_class_maps_plus_the_bias(exported: Exported) -> None:
     logits, maps = exported.session().run(["logits", "class_maps"], {"images": exported.images[:7]})
     bias = exported.checkpoint.tensors["head.bias"].numpy()
     np.testing.assert_allclose(maps.mean((2, 3)) + bias, logits, atol=1e-4)
+
+
+def test_similarity_is_the_cosine_to_the_nearest_class_mean(exported: Exported) -> None:
+    (similarity,) = exported.session().run(["similarity"], {"images": exported.images[:7]})
+    description = exported.checkpoint.description
+    mean, std = (np.array(description[key], dtype=np.float32) for key in ("normalize_mean", "normalize_std"))
+    pixels = torch.from_numpy((exported.images[:7].astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        features = build_model(exported.checkpoint).forward_features(pixels).mean((2, 3)).numpy()
+    means = exported.checkpoint.tensors[CLASS_MEANS].numpy()
+    cosines = [[f @ m / np.linalg.norm(f) / np.linalg.norm(m) for m in means] for f in features]
+    np.testing.assert_allclose(similarity, np.max(cosines, axis=1), atol=1e-4)
+
+
+def test_without_class_means_there_is_no_artifact(released: Callable[..., Checkpoint], photos: Photos, tmp_path: Path) -> None:
+    checkpoint = released(CLASSES, 32)
+    del checkpoint.tensors[CLASS_MEANS]
+    with pytest.raises(ExportError, match="convmixer-train calibrate"):
+        export(checkpoint, photos(3, 32), tmp_path / "net.onnx", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_class_means_are_found(exported: Exported) -> None:
+    reference, means = build_model(exported.checkpoint), exported.checkpoint.tensors[CLASS_MEANS].flip(1)
+    with pytest.raises(ExportError, match="nearest class mean"):
+        check_parity(exported.path, reference, means, exported.checkpoint.description, exported.images)
 
 
 def test_metadata_says_everything(exported: Exported) -> None:
@@ -104,7 +131,7 @@ def test_metadata_says_everything(exported: Exported) -> None:
         "classes": description["classes"],
         "input_size": description["image_size"],
         "temperature": 1.25,
-        "out_of_distribution": {"score": "max_probability", "threshold": 0.4},
+        "out_of_distribution": {"score": "feature_similarity", "threshold": 0.7},
         "architecture": description["name"],
         "parameters": description["parameters"],
         "macs": count_macs(build_model(exported.checkpoint).config, description["image_size"]),
@@ -160,15 +187,18 @@ def damaged_copy(exported: Exported, folder: Path, change: Callable[[Any], Any])
 
 def test_a_graph_with_one_changed_weight_is_found(exported: Exported, tmp_path: Path) -> None:
     path = damaged_copy(exported, tmp_path, lambda bias: bias + np.float32(0.01))
+    means = exported.checkpoint.tensors[CLASS_MEANS]
     with pytest.raises(ExportError, match="not the mean of the class maps plus the bias"):
-        check_parity(path, build_model(exported.checkpoint), exported.checkpoint.description, exported.images)
+        check_parity(path, build_model(exported.checkpoint), means, exported.checkpoint.description, exported.images)
 
 
 def test_a_graph_of_other_weights_is_found(exported: Exported) -> None:
     reference = build_model(exported.checkpoint)
     reference.stem.conv.weight.data.mul_(1.2)
     with pytest.raises(ExportError, match="onnxruntime differs from PyTorch: logits by up to"):
-        check_parity(exported.path, reference, exported.checkpoint.description, exported.images)
+        check_parity(
+            exported.path, reference, exported.checkpoint.tensors[CLASS_MEANS], exported.checkpoint.description, exported.images
+        )
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
@@ -181,7 +211,7 @@ def test_folded_normalisation_equals_explicit_normalisation(
     normalized = (images.double().permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.inference_mode():
         expected = net(normalized.float())
-        logits, maps = Servable(net, mean, std)(images)
+        logits, maps, _ = Servable(net, torch.ones(10, 16), mean, std)(images)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(maps.mean((2, 3)) + net.head.bias, expected, atol=1e-4, rtol=1e-4)
 

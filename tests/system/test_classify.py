@@ -159,7 +159,7 @@ def test_request_id_and_timing_are_in_the_headers(client, samples):
     response = client.post("/classify", content=samples[0].data, headers={**WEBP, "X-Request-ID": "mine-42"})
     assert response.headers["X-Request-ID"] == response.json()["request_id"] == "mine-42"
     stages = [part.split(";dur=") for part in response.headers["Server-Timing"].split(", ")]
-    assert [name for name, _ in stages] == ["decode", "queue", "infer"]
+    assert [name for name, _ in stages] == ["decode", "queue", "infer", "total"]
     assert all(float(duration) >= 0 for _, duration in stages)
     hostile = client.post("/classify", content=samples[0].data, headers={**WEBP, "X-Request-ID": "a\tb" * 40})
     assert len(hostile.headers["X-Request-ID"]) == 32

@@ -94,6 +94,8 @@ def test_an_image_may_arrive_in_any_pieces(base_url, samples):
         (b"GET / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 102, 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 40_000, 431, "headers_too_large"),
+        (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 33_000 + b"\r\n\r\n", 431, "headers_too_large"),
+        (b"GET /livez?" + b"a" * 33_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\nX-A: ", 408, "receive_timeout"),
         (CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf", 408, "receive_timeout"),
         (CLASSIFY + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", 408, "receive_timeout"),

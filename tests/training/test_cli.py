@@ -44,10 +44,10 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
     report = json.loads((run / "evaluation.json").read_text())
     assert said[1].startswith(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}")
     assert "top-1 equal to PyTorch on 200 of 200 images" in said[2]
-    assert said[3] == f"wrote {card}\n"
+    assert said[3] == f"wrote {card} and {artifact.with_name('tiny.card.html')}\n"
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability", "mistakes")}
-    assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256"} < files
+    assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256", "tiny.card.html"} < files
     assert {"run/evaluation.json", "run/model.json", "run/model.safetensors", "run/last.safetensors"} < files
     assert any(name.startswith("run/tensorboard/events") for name in files)
     assert command_line(*steps[0], "--resume").code == 0

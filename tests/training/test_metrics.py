@@ -57,7 +57,7 @@ def test_temperature_of_extremes_is_usable(right: bool) -> None:
     assert math.isfinite(temperature)
     assert temperature > 0
     assert torch.isfinite((logits.double() / temperature).softmax(1)).all()
-    assert 0 <= rejection_thresholds(logits, temperature)["max_probability"] <= 1
+    assert 0 <= rejection_thresholds(familiarity(logits, temperature, torch.zeros(20)))["max_probability"] <= 1
 
 
 def test_ece_of_an_honest_classifier_is_zero() -> None:
@@ -92,10 +92,16 @@ def test_scores_of_ignorance() -> None:
 
 def test_threshold_keeps_95_of_100(honest: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, _ = honest
-    thresholds = rejection_thresholds(logits, 1.3)
+    similarity = torch.rand(len(logits), dtype=torch.float64)
+    thresholds = rejection_thresholds(familiarity(logits, 1.3, similarity))
     scaled = logits.double() / 1.3
-    for name, values in {"max_probability": scaled.softmax(1).amax(1), "energy": scaled.exp().sum(1).log()}.items():
-        torch.testing.assert_close(familiarity(logits, 1.3)[name], values)
+    expected = {
+        "max_probability": scaled.softmax(1).amax(1),
+        "energy": scaled.exp().sum(1).log(),
+        "feature_similarity": similarity,
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(familiarity(logits, 1.3, similarity)[name], values)
         assert float((values >= thresholds[name]).double().mean()) == pytest.approx(0.95, abs=1e-3)
 
 

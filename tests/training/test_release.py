@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from training.data import ImageSet
 from training.errors import DataError
 from training.evaluate import evaluate
 from training.release import export_artifact, load_evaluation, write_card_for
+from training.report import render_card
 from training.train import train
 
 NAMED = {"name": "tiny", "version": "9.8.7", "command": "convmixer-train train --preset cpu"}
@@ -42,7 +45,7 @@ def metadata(artifact: Path) -> dict[str, Any]:
 def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
     found, evaluation = metadata(artifact), json.loads(evaluated.with_name("evaluation.json").read_text())
     assert {key: found[key] for key in NAMED} == NAMED
-    assert found["resize"] == {"mode": "crop", "filter": "bicubic"}
+    assert found["resize"] == {"mode": "crop", "filter": "bilinear"}
     assert found["checkpoint_sha256"] == evaluation["checkpoint_sha256"]
     assert found["test"] == {
         key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")
@@ -82,6 +85,29 @@ def test_card_tells_the_numbers_and_shows_the_pictures(artifact: Path, evaluated
     for picture in pictures:
         assert f"(images/{picture.name})" in text
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_services_card_is_the_same_and_needs_no_other_file(artifact: Path, evaluated: Path, tmp_path: Path) -> None:
+    card = tmp_path / "card.md"
+    write_card_for(evaluated, artifact, CIFAR10, card)
+    html = artifact.with_name("tiny.card.html").read_text()
+    assert html == render_card(card)
+    for picture in (card.parent / "images").iterdir():
+        assert base64.b64encode(picture.read_bytes()).decode() in html
+    assert "src=" not in re.sub(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", html)
+    assert f"<strong>{load_evaluation(evaluated)['top1']:.2%}</strong>" in html
+
+
+def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path) -> None:
+    shipped = repository / "app" / "artifacts" / "fast.card.html"
+    assert shipped.read_text() == render_card(repository / "docs" / "model-card.md"), "run `convmixer-train card` (make export)"
+
+
+def test_a_card_cannot_bring_markup_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("# Card\n\n<script>alert(1)</script>\n\n[link](javascript:alert(1))\n")
+    html = render_card(tmp_path / "card.md")
+    assert "<script" not in html
+    assert "href" not in html
 
 
 def test_no_export_without_evaluation(trained: Path, tmp_path: Path) -> None:

@@ -19,16 +19,17 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import QUIET, TINY
 from training import train as train_module
+from training.calibrate import calibrate
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
 from training.errors import ConfigError, DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
 from training.runtime import Runtime, hardware
-from training.train import calibrate, image_size_at, learning_rate, train
+from training.train import image_size_at, learning_rate, train
 
 FolderOf = Callable[..., Path]
 ANIMALS = ("cat", "frog", "horse")
@@ -134,12 +135,11 @@ def test_releases_all_that_evaluation_and_export_need(trained: Path, photos: Ima
 
 def test_calibration_is_of_the_held_out_images(trained: Path, photos: ImageSet) -> None:
     checkpoint = load_checkpoint(trained)
-    _, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
-    logits = compute_logits(build_model(checkpoint), validation, TINY, torch.device("cpu"))
-    expected = calibrate(logits, validation.labels)
+    training, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
+    expected = calibrate(build_model(checkpoint), training, validation, TINY, torch.device("cpu"))
     found = checkpoint.description["calibration"]
-    assert found["temperature"] == pytest.approx(expected["temperature"], rel=1e-3)
-    assert found["thresholds"] == pytest.approx(expected["thresholds"], rel=1e-3)
+    assert found["temperature"] == pytest.approx(expected.figures["temperature"], rel=1e-3)
+    assert found["thresholds"] == pytest.approx(expected.figures["thresholds"], rel=1e-3)
     assert found["after"]["nll"] <= found["before"]["nll"] + 1e-9
 
 
@@ -197,7 +197,7 @@ def test_starts_with_the_weights_of_another_run_and_says_so(trained: Path, photo
     checkpoint = load_checkpoint(train(frozen, photos, tmp_path, QUIET, init=trained))
     before = load_checkpoint(trained)
     for name, weight in before.tensors.items():
-        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked", CLASS_MEANS)):
             assert torch.allclose(checkpoint.tensors[name], weight, atol=1e-6), name
     origin = checkpoint.description["training"]["init"]
     assert origin["name"] == before.description["name"]
@@ -231,6 +231,7 @@ def test_averaged_weights_are_released_when_averaging_is_on(animals: ImageSet, t
         path = train(replace(TINY, ema_decay=decay), animals, tmp_path / str(decay), QUIET)
         last = load_checkpoint(path.with_name("last.safetensors")).tensors
         released = load_checkpoint(path).tensors
+        del released[CLASS_MEANS]  # of the weights, not among them
         assert all(torch.equal(tensor, last[group + name]) for name, tensor in released.items())
 
 
@@ -383,6 +384,7 @@ def test_finish_releases_what_a_stopped_run_has_come_to(animals: ImageSet, inter
     last = (output / "last.safetensors").read_bytes()
     released = load_checkpoint(train(TINY, animals, output, QUIET, resume=True, finish=True))
     averaged = load_checkpoint(output / "last.safetensors").tensors
+    del released.tensors[CLASS_MEANS]
     assert all(torch.equal(tensor, averaged["ema.module." + name]) for name, tensor in released.tensors.items())
     training = released.description["training"]
     assert (training["steps"], training["total_steps"], len(training["history"])) == (4, 6, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -12,7 +13,7 @@ import pytest
 from app.engine.artifact import read_verified
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session
-from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError, UnsupportedImage
 from app.images import DecodeLimits, decode_image
 
 TIMEOUT_S = 60
@@ -32,14 +33,14 @@ class GatedSession(Session):
         self.batches.clear()
         self.alone.clear()
 
-    def infer(self, images, *, alone=False):
+    def infer(self, images, *, explain=False, alone=False):
         self.batches.append(len(images))
         self.alone.append(alone)
         self.entered.set()
         assert self.gate.wait(TIMEOUT_S)
         if self.poison is not None and any(np.array_equal(image, self.poison) for image in images):
             raise RuntimeError("poisoned")
-        return super().infer(images, alone=alone)
+        return super().infer(images, explain=explain, alone=alone)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def make(session):
     made = []
 
     def build(**choices) -> Scheduler:
-        choices = {"workers": 1, "max_batch": 4, "max_queue": 100, **choices}
+        choices = {"workers": 1, "max_batch": 4, "max_queue": 100, "coalesce": False, **choices}
         made.append(Scheduler(session, session.metadata.resize, DecodeLimits(10**6, 10**4), **choices))
         return made[-1]
 
@@ -80,7 +81,7 @@ def test_images_meet_in_batches_and_keep_their_order(session, make, samples):
     session.gate.set()
     results = [f.result(TIMEOUT_S) for f in futures]
     assert session.batches == [4, 4, 1]
-    assert [r.batch_size for r in results] == [4] * 8 + [1]
+    assert [r.timing.batch_size for r in results] == [4] * 8 + [1]
     for expected, result in zip(alone, results, strict=True):
         assert np.allclose(expected, result.logits, atol=1e-4)
     assert first.result(TIMEOUT_S).class_maps is None
@@ -149,7 +150,7 @@ def test_a_deadline_that_passed_in_the_queue_costs_no_inference(session, make, s
     session.batches.clear()
     session.gate.set()
     assert isinstance(late.exception(TIMEOUT_S), DeadlineExceeded)
-    assert patient.result(TIMEOUT_S).batch_size == 1
+    assert patient.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -178,7 +179,7 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
     assert gone.cancel()
     session.batches.clear()
     session.gate.set()
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     with pytest.raises(CancelledError):
         gone.result(TIMEOUT_S)
 
@@ -198,7 +199,7 @@ def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make
     assert gone.cancel()
     go_on.set()
     (stays,) = scheduler.submit([samples[1].data])
-    assert stays.result(TIMEOUT_S).batch_size == 1
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
 
 
@@ -207,8 +208,23 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     first = hold(session, scheduler, samples[0].data)
     second = hold(session, scheduler, samples[1].data)
     session.gate.set()
-    assert first.result(TIMEOUT_S).batch_size == second.result(TIMEOUT_S).batch_size == 1
+    assert first.result(TIMEOUT_S).timing.batch_size == second.result(TIMEOUT_S).timing.batch_size == 1
     assert session.alone == [True, False]
+
+
+def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
+    scheduler = make(max_batch=8)
+    limits = DecodeLimits(10**6, 10**4)
+    files = [s.data for s in samples[:4]]
+    pixels = [decode_image(data, session.metadata.resize, limits) for data in files]
+    first = hold(session, scheduler, files[0])
+    futures = scheduler.submit([image for pair in zip(files, pixels, strict=True) for image in pair])
+    session.batches.clear()
+    session.gate.set()
+    wait([first, *futures], TIMEOUT_S)
+    assert session.batches == [8]
+    for file, image in zip(futures[::2], futures[1::2], strict=True):
+        assert np.array_equal(file.result().logits, image.result().logits)
 
 
 def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, samples):
@@ -263,3 +279,62 @@ def test_many_threads_submitting_get_their_own_answers(make, samples):
     for index, logits in answers.items():
         assert np.allclose(logits, expected[index], atol=1e-4)
     assert len(answers) == 40
+
+
+def test_identical_images_in_flight_are_computed_once(session, make, samples):
+    scheduler = make(coalesce=True)
+    first = hold(session, scheduler, samples[0].data)
+    joined = scheduler.submit([samples[0].data, samples[1].data, samples[1].data]) + scheduler.submit([samples[1].data])
+    (explained,) = scheduler.submit([samples[1].data], explain=True)
+    session.batches.clear()
+    session.gate.set()
+    results = [future.result(TIMEOUT_S) for future in (first, *joined, explained)]
+    assert results[0] is results[1]
+    assert results[2] is results[3] is results[4]
+    assert results[5].class_maps is not None
+    assert sum(session.batches) == 2, "the first image was under way; the second is computed plain, and with class maps"
+    assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S) is not results[0], "nothing is remembered"
+
+
+def test_an_image_is_computed_as_long_as_anybody_wants_it(session, make, samples):
+    scheduler = make(coalesce=True)
+    first = hold(session, scheduler, samples[0].data)
+    leaves, stays, late = (
+        scheduler.submit([samples[1].data], timeout_s=timeout_s)[0] for timeout_s in (math.inf, math.inf, 0.001)
+    )
+    abandoned = [scheduler.submit([samples[2].data])[0] for _ in range(2)]
+    for future in (leaves, *abandoned):
+        assert future.cancel()
+    passed = time.monotonic() + 0.002
+    while time.monotonic() < passed:
+        pass
+    session.batches.clear()
+    session.gate.set()
+    assert stays.result(TIMEOUT_S).timing.batch_size == 1
+    with pytest.raises(DeadlineExceeded):
+        late.result(TIMEOUT_S)
+    wait([first], TIMEOUT_S)
+    assert sum(session.batches) == 1
+    assert scheduler.submit([samples[2].data])[0].result(TIMEOUT_S).logits is not None, "a dropped image can be asked for again"
+
+
+def test_a_bad_image_fails_for_all_who_sent_it(session, make, samples):
+    scheduler = make(coalesce=True)
+    first = hold(session, scheduler, samples[0].data)
+    bad = [scheduler.submit([b"no image"])[0] for _ in range(2)]
+    session.gate.set()
+    for future in bad:
+        with pytest.raises(UnsupportedImage):
+            future.result(TIMEOUT_S)
+    assert first.result(TIMEOUT_S)
+
+
+def test_joining_an_image_needs_no_room_in_the_queue(session, make, samples):
+    scheduler = make(coalesce=True, max_queue=1)
+    hold(session, scheduler, samples[0].data)
+    scheduler.submit([samples[1].data])
+    (joined,) = scheduler.submit([samples[1].data])
+    with pytest.raises(Overloaded):
+        scheduler.submit([samples[2].data])
+    session.gate.set()
+    assert joined.result(TIMEOUT_S)

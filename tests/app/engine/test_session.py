@@ -21,8 +21,8 @@ def images(samples):
 
 
 def test_a_batch_gives_what_its_images_give_alone(session, images):
-    together = session.infer(images)
-    alone = np.concatenate([session.infer(image[None]) for image in images])
+    together = session.infer(images).logits
+    alone = np.concatenate([session.infer(image[None]).logits for image in images])
     assert np.allclose(together, alone, atol=1e-4)
     assert together.dtype == np.float32
 
@@ -30,13 +30,15 @@ def test_a_batch_gives_what_its_images_give_alone(session, images):
 def test_every_core_at_once_gives_the_same(artifact_path, session, images):
     both = Session(read_verified(artifact_path), "cpu", lone_threads=2)
     for image in images:
-        assert np.allclose(both.infer(image[None], alone=True), session.infer(image[None]), atol=1e-4)
-    assert np.allclose(both.infer(images), session.infer(images), atol=1e-4)
+        assert np.allclose(both.infer(image[None], alone=True).logits, session.infer(image[None]).logits, atol=1e-4)
+    assert np.allclose(both.infer(images).logits, session.infer(images).logits, atol=1e-4)
 
 
 def test_class_maps_average_to_the_logits(session, images):
-    logits, maps = session.explain(images)
-    assert np.allclose(logits, session.infer(images), atol=1e-4)
+    logits, _, maps = session.infer(images, explain=True)
+    plain = session.infer(images)
+    assert np.allclose(logits, plain.logits, atol=1e-4)
+    assert plain.class_maps is None
     assert maps.shape == (len(images), 10, 16, 16)
     bias = logits - maps.mean((2, 3))
     assert np.allclose(bias, bias[0], atol=1e-3)

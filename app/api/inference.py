@@ -1,0 +1,91 @@
+"""What every surface that classifies has in common: the body is read, the images go to the engine, a client may leave."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Annotated
+
+from fastapi import Header, Request
+from starlette.requests import ClientDisconnect
+
+from app.engine.scheduler import Outcome
+from app.errors import DeadlineExceeded
+from app.images import DecodedImage
+from app.protection import Receive
+from app.service import Service
+
+DeadlineHeader = Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")]
+"""`X-Deadline-Ms`."""
+
+
+async def read_body(request: Request) -> bytes:
+    """Unlike Starlette's, this keeps no list of pieces: each of a million tiny ones would weigh 40 bytes more."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+    return bytes(body)
+
+
+async def infer(
+    request: Request, images: Sequence[bytes | DecodedImage], *, explain: bool, deadline_s: float, begin: float
+) -> list[Outcome | BaseException]:
+    """Hands images to the engine and waits for all of them; what has not begun is dropped when the client leaves.
+
+    Args:
+        request: whose body has been read.
+        images: as `Scheduler.submit` takes them.
+        explain: also compute class maps.
+        deadline_s: seconds the request may take.
+        begin: time.monotonic() at which the body began to arrive.
+
+    Returns:
+        One result an image, in order.
+
+    Raises:
+        ServiceError: the request as a whole is refused.
+        ClientDisconnect: the client has left.
+    """
+    service: Service = request.state.service
+    timeout_s = deadline_s - (time.monotonic() - begin)
+    if timeout_s <= 0:
+        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
+    leaving = asyncio.ensure_future(_client_leaves(request.receive))
+    try:
+        futures = service.scheduler.submit(images, explain=explain, timeout_s=timeout_s) if images else []
+        leaving.add_done_callback(lambda _: [future.cancel() for future in futures])
+        await _all_done(futures)
+        if leaving.done():
+            raise ClientDisconnect
+    finally:
+        leaving.cancel()
+    return [future.exception() or future.result() for future in futures]
+
+
+async def _all_done(futures: list[Future[Outcome]]) -> None:
+    """Waits for the engine's threads: one wake-up of the event loop a request, however many images it has."""
+    if not futures:
+        return
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    left = itertools.count(len(futures) - 1, -1)  # atomic: `next` on it is one step of the interpreter
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    def one_done(_: Future[Outcome]) -> None:
+        if next(left) == 0:
+            loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(one_done)
+    await waiter
+
+
+async def _client_leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,84 @@
+"""Content codings of HTTP (RFC 9110, 8.4): compressed requests, within the limits of plain ones, and compressed answers."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import re
+import zlib
+from collections.abc import Callable
+
+from app.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
+
+_COMPRESSED_AT_ONCE = 64 * 1024
+_INFLATED_AT_ONCE = 1024 * 1024
+_WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+"""zlib's names for the formats (RFC 1952, RFC 1950)."""
+
+_COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda body: gzip.compress(body, 1, mtime=0),
+    "deflate": lambda body: zlib.compress(body, 1),
+}
+_MIN_COMPRESSED = 1024
+"""Shorter answers fit into one packet anyway."""
+
+
+async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int], None]) -> bytes:
+    """Decompresses piece by piece: a bomb ends at the limit, and other requests get their turn in between.
+
+    Args:
+        body: as it arrived.
+        encoding: its Content-Encoding.
+        limit: most bytes of the result.
+        take: counts the result's bytes as those of bodies are.
+
+    Raises:
+        BodyTooLarge: over the limit.
+        MalformedRequest: not what `encoding` says.
+        Overloaded: too many bytes of bodies are held.
+        UnsupportedMediaType: an encoding that is not read here.
+    """
+    if encoding not in _WBITS:
+        raise UnsupportedMediaType(f"Content-Encoding {encoding[:100]!r} is not read here; send gzip, deflate or none")
+    decompressor = zlib.decompressobj(_WBITS[encoding])
+    result = bytearray()
+    rest, piece = memoryview(body), b""
+    # a full piece may have more behind it even when all input is read
+    while not decompressor.eof and (rest or decompressor.unconsumed_tail or len(piece) == _INFLATED_AT_ONCE):
+        compressed = decompressor.unconsumed_tail
+        if not compressed:
+            compressed, rest = bytes(rest[:_COMPRESSED_AT_ONCE]), rest[_COMPRESSED_AT_ONCE:]
+        try:
+            piece = decompressor.decompress(compressed, _INFLATED_AT_ONCE)
+        except zlib.error as error:
+            raise MalformedRequest(f"the body is no valid {encoding} stream: {error}") from error
+        take(len(piece))
+        result += piece
+        if len(result) > limit:
+            raise BodyTooLarge(
+                f"the body has more than {limit:,} bytes when decompressed (CONVMIXER_MAX_BODY_BYTES); send fewer images"
+            )
+        await asyncio.sleep(0)
+    if not decompressor.eof or decompressor.unused_data or rest:
+        raise MalformedRequest(f"the body must be one whole {encoding} stream; this one is cut off, or more follows it")
+    return bytes(result)
+
+
+def compress(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
+    """Compresses an answer if that is worth it and its client can read it.
+
+    Args:
+        body: the answer's.
+        accept_encoding: the request's header (RFC 9110, 12.5.3).
+
+    Returns:
+        The body, and its Content-Encoding if it has one.
+    """
+    if len(body) >= _MIN_COMPRESSED:
+        for item in accept_encoding.lower().split(","):
+            coding, _, weight = item.partition(";")
+            if compressor := _COMPRESSORS.get(coding.strip()):
+                if re.fullmatch(r"q=0(\.0*)?", weight.strip()):  # "not acceptable"
+                    continue
+                return compressor(body), coding.strip()
+    return body, None

@@ -1,0 +1,129 @@
+"""The pages for people: `/` to try the model, `/card` to read about it, `/docs` for the API, and their files in `/web`.
+
+Everything comes from this package and the folder of the artifact; a strict Content-Security-Policy makes sure that a
+browser fetches nothing else and runs nothing that is not in a file here. Files are read when first asked for, so the
+start does not wait for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.service import Service
+
+WEB = Path(__file__).parent.parent / "web"
+
+_MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".webp": "image/webp"}
+"""What is served from `app/web` as it is; the rest there are parts of pages. (`mimetypes` asks the machine's own tables.)"""
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # kept, but asked for each time: after an update nobody sees old parts with new ones
+    "Vary": "Accept-Encoding",
+}
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One answer, ready to send.
+
+    Attributes:
+        body: as it is.
+        zipped: the same in gzip, or None if that would hardly be smaller.
+        etag: weak, because it stands for both (RFC 9110, 8.8.3).
+        media_type: without the charset.
+    """
+
+    body: bytes
+    zipped: bytes | None
+    etag: str
+    media_type: str
+
+
+# Not coroutines: Starlette runs these on a thread, so that reading and compressing never hold up the event loop.
+
+
+def home(request: Request) -> Response:
+    """The page to try the model."""
+    return _send(request, _page("What is in the picture?", WEB / "index.html"))
+
+
+def documentation(request: Request) -> Response:
+    """The API, drawn from `/openapi.json`."""
+    return _send(request, _page("API", WEB / "docs.html"))
+
+
+def card(request: Request) -> Response:
+    """The model card that lies beside the artifact, as `convmixer-train card` writes it."""
+    service: Service = request.state.service
+    path = service.settings.artifact_path().with_suffix(".card.html")
+    if path.is_file():
+        return _send(request, _page("Model card", path))
+    return _send(request, _page("Model card", WEB / "no-card.html"), HTTPStatus.NOT_FOUND)
+
+
+def file(request: Request) -> Response:
+    """A style sheet, script or picture of the pages."""
+    name = request.path_params["name"]
+    path = _files().get(name)
+    if path is None:
+        raise HTTPException(HTTPStatus.NOT_FOUND, f"there is no file {name!r} among the pages' files")
+    return _send(request, _asset(path))
+
+
+ROUTES = [Route("/", home), Route("/card", card), Route("/docs", documentation), Route("/web/{name:path}", file)]
+"""Not FastAPI's kind: they have no parameters to examine and no place in the schema."""
+
+
+@functools.cache
+def _files() -> dict[str, Path]:
+    """All that is there, by name: what a client sends is never made a path."""
+    return {path.relative_to(WEB).as_posix(): path for path in WEB.rglob("*") if path.suffix in _MEDIA_TYPES}
+
+
+@functools.cache
+def _asset(path: Path) -> Asset:
+    return _prepare(path.read_bytes(), _MEDIA_TYPES[path.suffix])
+
+
+@functools.cache
+def _page(title: str, main: Path) -> Asset:
+    """A part put into the shell that all pages share."""
+    shell = (WEB / "shell.html").read_text(encoding="utf-8")
+    return _prepare(
+        shell.replace("<!-- title -->", title).replace("<!-- main -->", main.read_text(encoding="utf-8")).encode(), "text/html"
+    )
+
+
+def _prepare(body: bytes, media_type: str) -> Asset:
+    zipped = gzip.compress(body, mtime=0)
+    return Asset(
+        body,
+        zipped if len(zipped) < 0.9 * len(body) else None,
+        f'W/"{hashlib.sha256(body).hexdigest()[:32]}"',
+        media_type,
+    )
+
+
+def _send(request: Request, asset: Asset, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    headers = {**_HEADERS, "ETag": asset.etag}
+    known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
+    if status == HTTPStatus.OK and asset.etag in known:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    if asset.zipped and "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(asset.zipped, status, {**headers, "Content-Encoding": "gzip"}, asset.media_type)
+    return Response(asset.body, status, headers, asset.media_type)

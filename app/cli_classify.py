@@ -1,0 +1,248 @@
+"""`convmixer classify`: which images, who classifies them, how the answers are written.
+
+Everything streams: files are found, read, classified and written with a bounded number of them in memory. A row is an entry
+of `predictions` as in docs/api.md, whoever made it; `filename` is the path.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+import typer
+
+from app.errors import ServiceError
+
+if TYPE_CHECKING:
+    from app.client import Client
+    from app.engine.scheduler import Outcome
+    from app.service import Service
+
+Row: TypeAlias = dict[str, Any]
+Write: TypeAlias = Callable[[Row], None]
+
+STDIN = "-"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
+"""Files taken from folders; one that is named is taken whatever it is called."""
+
+_WINDOW = 64
+"""Images in flight at least: enough to keep every core busy, few enough to keep memory flat."""
+
+_ROWS_PER_GROUP = 4096
+"""Rows that a Parquet file is written in."""
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Files and folders that exist; globs replaced by what they match.
+
+    Args:
+        patterns: as typed. What exists is taken literally even if it has the characters of a glob.
+
+    Raises:
+        typer.BadParameter: one of them does not exist or matches nothing.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        literal = pattern == STDIN or Path(pattern).exists()
+        matches = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute ones, too)
+        if not matches:
+            raise typer.BadParameter(f"{pattern!r} does not exist, or matches nothing", param_hint="PATHS")
+        found += matches
+    return found
+
+
+def find_images(paths: Iterable[str]) -> Iterator[str]:
+    """The files, and the images in the folders, recursively.
+
+    Args:
+        paths: from `expand`.
+    """
+    for path in paths:
+        yield from _in_folder(path) if path != STDIN and Path(path).is_dir() else (path,)
+
+
+def _in_folder(folder: str) -> Iterator[str]:
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (str(Path(parent) / name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+
+
+def read_list(path: str) -> Iterator[str]:
+    """The lines of a file, or of standard input for `-`.
+
+    Args:
+        path: of the file.
+    """
+    source = sys.stdin.fileno() if path == STDIN else path
+    with open(source, errors="surrogateescape", closefd=path != STDIN) as file:
+        yield from filter(None, (line.rstrip("\r\n") for line in file))
+
+
+def classify_here(service: Service, files: Iterable[str], top_k: int) -> Generator[Row, None, None]:
+    """Rows in the order of `files`, made by this process on every core.
+
+    Args:
+        service: the running engine.
+        files: paths.
+        top_k: classes in a row.
+    """
+    scheduler, settings = service.scheduler, service.settings
+    window = min(max(_WINDOW, 2 * scheduler.workers * scheduler.max_batch), settings.max_queue)
+    in_flight: deque[tuple[int, str, int, Future[Outcome] | ServiceError]] = deque()
+    held_bytes = 0
+    for index, path in enumerate(files):
+        data = _read(path)
+        size = len(data) if isinstance(data, bytes) else 0
+        while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
+            held_bytes -= in_flight[0][2]
+            yield _row(service, *in_flight.popleft(), top_k=top_k)
+        held_bytes += size
+        in_flight.append((index, path, size, scheduler.submit([data])[0] if isinstance(data, bytes) else data))
+    while in_flight:
+        yield _row(service, *in_flight.popleft(), top_k=top_k)
+
+
+def classify_there(client: Client, files: Iterable[str], top_k: int) -> Generator[Row, None, None]:
+    """Rows in the order of `files`, made by a server.
+
+    Args:
+        client: of that server.
+        files: paths.
+        top_k: classes in a row.
+    """
+    from app.client import Prediction
+
+    images = (sys.stdin.buffer.read() if path == STDIN else path for path in files)
+    for result in client.classify_many(images, top_k=top_k):
+        name = {"index": result.index, "filename": result.filename or STDIN}
+        if isinstance(result, Prediction):
+            yield result.to_dict() | name
+        else:
+            yield name | {"error": {"code": result.code, "detail": result.detail}}
+
+
+def _read(path: str) -> bytes | ServiceError:
+    from app.errors import UndecodableImage
+
+    try:
+        return sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    except OSError as error:
+        return UndecodableImage(f"cannot be read: {error.strerror}")
+
+
+def _row(service: Service, index: int, path: str, _: int, pending: Future[Outcome] | ServiceError, *, top_k: int) -> Row:
+    from app.schemas import item_error
+    from app.verdict import judge
+
+    try:
+        if isinstance(pending, ServiceError):
+            raise pending
+        outcome = pending.result()
+    except ServiceError as error:
+        return dict(item_error(index, path, error))
+    return dict(judge(outcome, service.metadata, index=index, filename=path, top_k=top_k))
+
+
+@contextmanager
+def open_writer(format_name: str, output: Path | None) -> Iterator[Write]:
+    """A function that writes one row.
+
+    Args:
+        format_name: `table`, `json` (one object a line), `csv` or `parquet`.
+        output: file; None: standard output.
+
+    Raises:
+        typer.BadParameter: the file cannot be written.
+    """
+    try:
+        file: IO[Any] = output.open("wb") if output and format_name == "parquet" else _open_text(output)
+    except OSError as error:
+        raise typer.BadParameter(f"{output} cannot be written: {error.strerror}") from error
+    with file:
+        if format_name == "parquet":
+            with _parquet(file) as write:
+                yield write
+        else:
+            yield {"table": _table, "json": _json, "csv": _csv}[format_name](file)
+
+
+def _open_text(output: Path | None) -> IO[str]:
+    """Names of files are bytes; those that are no UTF-8 come out as they went in."""
+    target = output or sys.stdout.fileno()
+    return open(target, "w", encoding="utf-8", errors="surrogateescape", newline="", closefd=output is not None)
+
+
+def _json(file: IO[str]) -> Write:
+    return lambda row: print(json.dumps(row), file=file)
+
+
+def _csv(file: IO[str]) -> Write:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["file", "label", "confidence", "in_distribution", "error"])
+    return lambda row: writer.writerow(
+        [
+            row["filename"],
+            *(row.get(name) for name in ("label", "confidence", "in_distribution")),
+            row["error"]["detail"] if "error" in row else None,
+        ]
+    )
+
+
+def _table(file: IO[str]) -> Write:
+    """Lines as they come, aligned: ten thousand rows must not wait for the last. Errors are on standard error already."""
+    print(f"{'label':14} {'confidence':>10}  file", file=file)
+
+    def write(row: Row) -> None:
+        if "error" not in row:
+            unsure = "" if row.get("in_distribution", True) else "  (perhaps none of the classes)"
+            print(f"{row['label']:14} {row['confidence']:10.1%}  {row['filename']}{unsure}", file=file, flush=True)
+
+    return write
+
+
+@contextmanager
+def _parquet(file: IO[bytes]) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        {
+            "file": pa.string(),
+            "label": pa.string(),
+            "confidence": pa.float64(),
+            "in_distribution": pa.bool_(),
+            "in_distribution_score": pa.float64(),
+            "top_k": pa.list_(pa.struct({"label": pa.string(), "probability": pa.float64()})),
+            "warnings": pa.list_(pa.string()),
+            "error_code": pa.string(),
+            "error": pa.string(),
+        }
+    )
+    rows: list[Row] = []
+
+    def flush() -> None:
+        table.write_table(pa.Table.from_pylist(rows, schema=schema))
+        rows.clear()
+
+    def write(row: Row) -> None:
+        error = row.get("error", {})
+        # a Parquet string is UTF-8; the name of a file need not be
+        name = os.fsencode(row["filename"]).decode("utf-8", "backslashreplace")
+        rows.append(row | {"file": name, "error_code": error.get("code"), "error": error.get("detail")})
+        if len(rows) >= _ROWS_PER_GROUP:
+            flush()
+
+    with pq.ParquetWriter(file, schema) as table:
+        try:
+            yield write
+        finally:  # also when interrupted: what was classified can be read
+            flush()

@@ -1,0 +1,190 @@
+// The page at /: takes pictures from wherever they come, asks the service about a few at a time, shows the answers.
+
+import { drawLegend } from "./heatmap.js";
+import { Result } from "./result.js";
+import { Failure, classify, curlCommand, describeModel, key } from "./service.js";
+
+const AT_ONCE = 4; // requests under way: enough to keep the service busy, few enough to leave room for others
+
+const $ = (id) => document.getElementById(id);
+const results = new Map(); // element -> Result
+let waiting = [];
+let announced = []; // answered since the last announcement
+let running = 0;
+let locked = false; // a key is asked for
+
+const model = describeModel().catch(() => null);
+model.then((card) => {
+  if (card) describe(card);
+});
+drawLegend($("legend"));
+
+function describe({ name, version, classes, metadata }) {
+  const accuracy = metadata.test?.top1;
+  const facts = [`${name} ${version} tells ${classes.length} kinds of things apart: ${classes.join(", ")}.`];
+  if (accuracy) facts.push(`It is right on ${(100 * accuracy).toFixed(1)}% of its ${metadata.test.images.toLocaleString("en")} test images.`);
+  $("about").textContent = facts.join(" ");
+}
+
+async function add(files) {
+  if (!files.length) {
+    $("status").textContent = "That was no file. Drop or paste pictures.";
+    return;
+  }
+  const resize = (await model)?.metadata.resize?.mode;
+  const added = files.map((file) => new Result(file, resize));
+  for (const result of added) results.set(result.element, result);
+  waiting.push(...added);
+  $("results").prepend(...added.map((result) => result.element));
+  $("status").textContent = `Classifying ${files.length === 1 ? files[0].name : `${files.length} pictures`}…`;
+  work();
+  recount();
+}
+
+function work() {
+  while (!locked && running < AT_ONCE && waiting.length) ask(waiting.shift());
+}
+
+async function ask(result) {
+  const sentKey = key.get();
+  running++;
+  result.show("working", "Looking…");
+  try {
+    result.answer(await classify(result.file, { signal: result.leaving.signal, onWait: (seconds) => result.wait(seconds) }));
+    announced.push(result);
+  } catch (error) {
+    if (error instanceof Failure && error.status === 401) {
+      result.show("waiting", "Waiting for a key…");
+      waiting.unshift(result);
+      if (sentKey === key.get()) askForKey(error, sentKey);
+    } else if (!result.leaving.signal.aborted) {
+      result.fail(error instanceof Failure ? error : new Failure(`The page failed: ${error.message}`));
+      announced.push(result);
+    }
+  }
+  running--;
+  work();
+  recount();
+}
+
+function askForKey(failure, sentKey) {
+  locked = true;
+  $("key-reason").textContent = sentKey ? "The service did not take this key." : failure.message;
+  if ($("key-form").hidden || sentKey) {
+    $("key-form").hidden = false;
+    $("key").focus();
+  }
+}
+
+function recount() {
+  const states = [...results.keys()].map((element) => element.dataset.state);
+  const number = (...names) => states.filter((state) => names.includes(state)).length;
+  const parts = [`${states.length} ${states.length === 1 ? "picture" : "pictures"}`];
+  if (number("waiting", "working")) parts.push(`${number("waiting", "working")} to go`);
+  if (number("failed")) parts.push(`${number("failed")} not classified`);
+  $("count").textContent = parts.join(", ");
+  $("answers").hidden = !states.length;
+  if (!running && announced.length) {
+    const told = announced.slice(0, 3).map((result) => result.summary());
+    if (announced.length > 3) told.push(`and ${announced.length - 3} more`);
+    $("status").textContent = `${told.join(". ")}.`;
+    announced = [];
+  }
+}
+
+function remove(result) {
+  const next = result.element.nextElementSibling ?? result.element.previousElementSibling;
+  waiting = waiting.filter((other) => other !== result);
+  results.delete(result.element);
+  result.remove();
+  (next?.querySelector(".remove") ?? $("choose")).focus();
+  recount();
+}
+
+async function copyCurl(button, file) {
+  const command = curlCommand(file);
+  try {
+    await navigator.clipboard.writeText(command);
+    button.textContent = "Copied";
+    $("status").textContent = "The command was copied.";
+    setTimeout(() => (button.textContent = "Copy as curl"), 2000);
+  } catch {
+    // no clipboard without HTTPS, or not allowed
+    $("curl-text").value = command;
+    $("curl-dialog").showModal();
+    $("curl-text").select();
+  }
+}
+
+async function addSample(name) {
+  const response = await fetch(`web/samples/${name}.webp`);
+  await add([new File([await response.blob()], `${name}.webp`, { type: "image/webp" })]);
+}
+
+for (const [button, input] of [["choose", "files"], ["photograph", "camera"]]) {
+  $(button).addEventListener("click", () => $(input).click());
+  $(input).addEventListener("change", () => {
+    add([...$(input).files]);
+    $(input).value = ""; // so that the same file can be chosen again
+  });
+}
+
+$("photograph").hidden = navigator.maxTouchPoints === 0; // elsewhere it would be the same as choosing
+
+for (const button of document.querySelectorAll("[data-sample]")) {
+  button.addEventListener("click", () => addSample(button.dataset.sample));
+}
+
+// The whole window takes what is dropped: a near miss must not make the browser leave the page.
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("drop").classList.add("over");
+});
+for (const name of ["dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    if (name === "drop" || !event.relatedTarget) $("drop").classList.remove("over");
+  });
+}
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  add([...event.dataTransfer.files]);
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) {
+    event.preventDefault();
+    add([...event.clipboardData.files]);
+  }
+});
+
+$("results").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  const result = button && results.get(button.closest(".result"));
+  if (button?.classList.contains("remove")) remove(result);
+  if (button?.classList.contains("curl")) copyCurl(button, result.file);
+});
+
+$("clear").addEventListener("click", () => {
+  waiting = [];
+  for (const result of results.values()) result.remove();
+  results.clear();
+  recount();
+  $("choose").focus();
+  $("status").textContent = "Cleared.";
+});
+
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.set($("key").value.trim());
+  $("key").value = "";
+  $("key-form").hidden = true;
+  locked = false;
+  work();
+});
+
+function showHeat() {
+  document.body.classList.toggle("no-heat", !$("heat").checked);
+  $("strength").disabled = !$("heat").checked;
+  document.body.style.setProperty("--strength", $("strength").value / 100);
+}
+for (const id of ["heat", "strength"]) $(id).addEventListener("input", showHeat);
+showHeat();

@@ -1,0 +1,98 @@
+// The page's side of the HTTP API: one picture a request, one more try when the service is overloaded, and the key.
+
+const IMAGE_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const LONGEST_WAIT_S = 30;
+const KEY = "convmixer-key";
+
+/** What the service, or the way to it, answered instead of a prediction; the message is for people. */
+export class Failure extends Error {
+  constructor(message, { status = 0, code = "unreachable" } = {}) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set: (value) => sessionStorage.setItem(KEY, value),
+};
+
+const address = (path) => new URL(path, document.baseURI);
+const contentType = (file) => (IMAGE_TYPES.includes(file.type) ? file.type : "application/octet-stream");
+
+/** What the service says of its model. */
+export async function describeModel() {
+  const response = await fetch(address("model"));
+  if (!response.ok) throw await failureOf(response);
+  return response.json();
+}
+
+/**
+ * Classifies one file.
+ *
+ * @param {File} file
+ * @param {{signal: AbortSignal, onWait: (seconds: number) => void}} options `onWait` is told of a wait for a second try.
+ * @returns prediction (docs/api.md), timings in ms by stage, and the total in ms as this browser saw it.
+ * @throws {Failure}
+ */
+export async function classify(file, { signal, onWait }) {
+  for (let tries = 1; ; tries++) {
+    const begin = performance.now();
+    const response = await post(file, signal);
+    if (response.ok) {
+      const { predictions } = await response.json();
+      const timings = serverTimings(response.headers.get("Server-Timing") ?? "");
+      return { prediction: predictions[0], timings, total: performance.now() - begin };
+    }
+    const wait_s = Number(response.headers.get("Retry-After"));
+    if (response.status !== 503 || tries > 1 || !(wait_s >= 0 && wait_s <= LONGEST_WAIT_S)) throw await failureOf(response);
+    await response.body?.cancel();
+    onWait(wait_s);
+    await pause(wait_s * 1000, signal);
+  }
+}
+
+/** The same request for a shell; the key itself is not written down. */
+export function curlCommand(file) {
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const words = ["curl", "-H", quote(`Content-Type: ${contentType(file)}`)];
+  if (key.get()) words.push("-H", '"Authorization: Bearer $KEY"');
+  words.push("--data-binary", quote(`@${file.name}`), quote(`${address("classify?explain=true")}`));
+  return words.join(" ");
+}
+
+async function post(file, signal) {
+  const headers = { "Content-Type": contentType(file) };
+  if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
+  try {
+    return await fetch(address("classify?explain=true"), { method: "POST", body: file, headers, signal });
+  } catch (error) {
+    if (signal.aborted) throw error;
+    throw new Failure("The service could not be reached, or it hung up: a file over its size limit does that too.");
+  }
+}
+
+async function failureOf(response) {
+  try {
+    const { detail, code } = await response.json(); // RFC 9457
+    return new Failure(detail, { status: response.status, code });
+  } catch {
+    return new Failure(`The service answered ${response.status} ${response.statusText}.`, { status: response.status, code: "" });
+  }
+}
+
+// Server-Timing (W3C): `decode;dur=0.31, queue;dur=0.02` becomes [["decode", 0.31], ["queue", 0.02]].
+function serverTimings(header) {
+  return [...header.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, stage, ms]) => [stage, Number(ms)]);
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
+}

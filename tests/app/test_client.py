@@ -1,0 +1,202 @@
+"""The Python client without the service: what it imports, how it encodes, and how it waits, against a scripted socket."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.client import Client, Overloaded, RequestFailed, Unreachable
+from app.client.images import batches, encode
+from tests.server import ScriptedServer
+
+ANSWER = {
+    "model": {"name": "m", "version": "1"},
+    "predictions": [{"index": 0, "label": "cat", "confidence": 1.0, "top_k": [], "warnings": []}],
+    "request_id": "r",
+}
+BUSY = {"status": 503, "code": "overloaded", "detail": "full", "request_id": "busy"}
+
+
+def test_importing_it_brings_neither_the_server_nor_what_only_some_callers_have():
+    code = "import sys, app.client; print(*{name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    foreign = {
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "uvloop",
+        "onnxruntime",
+        "pydantic",
+        "numpy",
+        "PIL",
+        "typer",
+        "prometheus_client",
+    }
+    assert not foreign & set(result.stdout.split())
+
+
+def test_serving_does_not_import_it():
+    code = "import sys, app.main, app.server, app.cli; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"app.client", "app.cli_classify", "app.load", "httpx", "pyarrow", "rich"} & set(result.stdout.split())
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7)])
+def test_pixels_are_sent_without_loss(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for image in (pixels, Image.fromarray(pixels)):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(image)))), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "F", "I", "I;16"])
+def test_pillow_images_of_every_mode_are_encoded(mode):
+    image = Image.new("L", (4, 4), 200).convert(mode) if mode not in {"I;16", "LA"} else Image.new(mode, (4, 4))
+    assert Image.open(io.BytesIO(encode(image))).size == (4, 4)
+
+
+def test_a_photo_keeps_its_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert Image.open(io.BytesIO(encode(Image.open(tmp_path / "a.jpg")))).getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+def test_arrays_of_another_kind_are_refused(pixels):
+    with pytest.raises(ValueError, match="must be uint8"):
+        encode(pixels)
+
+
+def test_what_is_no_image_is_a_mistake_of_the_caller():
+    with pytest.raises(TypeError, match="not int"):
+        list(batches([7], 2))
+
+
+def test_a_reused_buffer_is_copied_before_the_next_is_asked_for():
+    buffer = np.zeros((2, 2), np.uint8)
+
+    def frames():
+        for value in (1, 2, 3):
+            buffer[:] = value
+            yield buffer
+
+    (batch,) = batches(frames(), 10)
+    assert [np.asarray(Image.open(io.BytesIO(p.data)))[0, 0] for p in batch.pictures()] == [1, 2, 3]
+
+
+def test_large_images_travel_in_smaller_batches():
+    sizes = [len(batch.entries) for batch in batches([b"x" * 3_000_000] * 4 + [b"x"] * 5, 4)]
+    assert sizes == [2, 2, 4, 1]
+
+
+def test_retry_after_is_waited_for_and_the_deadline_shrinks():
+    server = ScriptedServer((503, {"Retry-After": "1"}, BUSY), None, (200, {}, ANSWER))
+    with Client(server.url, deadline_s=20) as client:
+        assert client.classify(b"image").label == "cat"
+    (first, head), (second, _), (third, last_head) = server.finish()
+    assert second - first >= 1
+    assert third - second < 1  # no word from the server: the short pause of the beginning
+    deadlines = [int(h.partition("x-deadline-ms: ")[2].partition("\r\n")[0]) for h in (head, last_head)]
+    assert 19_000 < deadlines[0] <= 20_000
+    assert deadlines[1] <= deadlines[0] - 1000
+
+
+def test_a_date_in_retry_after_is_understood():
+    server = ScriptedServer((429, {"Retry-After": formatdate(time.time() + 2, usegmt=True)}, b"slow down"), (200, {}, ANSWER))
+    with Client(server.url) as client:
+        client.classify(b"image")
+    (first, _), (second, _) = server.finish()
+    assert second - first >= 0.9  # the date has whole seconds
+
+
+def test_no_further_try_when_the_pause_would_pass_the_deadline():
+    server = ScriptedServer((503, {"Retry-After": "60"}, BUSY))
+    begin = time.monotonic()
+    with Client(server.url) as client, pytest.raises(Overloaded) as caught:
+        client.classify(b"image", deadline_s=30)
+    assert time.monotonic() - begin < 30
+    failure = caught.value
+    assert (failure.status, failure.code, failure.detail, failure.request_id) == (503, "overloaded", "full", "busy")
+    assert failure.retry_after_s == 60
+    assert len(server.finish()) == 1
+
+
+def test_no_answer_within_the_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with Client(url) as client, pytest.raises(Unreachable, match="no answer"):
+            client.classify(b"image", deadline_s=0.2)
+        silent.close()
+        with Client(url) as client, pytest.raises(Unreachable, match="refused"):
+            client.classify(b"image", deadline_s=0.2)
+
+
+def test_a_batch_too_large_for_the_server_is_sent_in_halves():
+    many = {"status": 413, "code": "too_many_images", "detail": "2 images", "request_id": "a"}
+    server = ScriptedServer((413, {}, many), (200, {}, ANSWER), (413, {}, many | {"code": "body_too_large"}))
+    with Client(server.url, concurrency=1) as client:
+        good, bad = client.classify_many([b"a", b"b"])
+    assert (good.index, good.label) == (0, "cat")
+    assert (bad.index, bad.code, bad.request_id) == (1, "body_too_large", "a")
+    assert len(server.finish()) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {}, b"<html>"), "is the address right"),
+        ((200, {}, {"predictions": [{}], "request_id": "", "model": {"name": "", "version": ""}}), "is the address right"),
+        ((307, {"Location": "https://elsewhere"}, b""), "307 Temporary Redirect"),
+        ((599, {}, b""), "599 unknown status"),
+        ((404, {}, {"code": "not_found", "detail": "Not Found"}), "not_found: Not Found"),
+    ],
+)
+def test_a_stranger_is_recognised(answer, message):
+    server = ScriptedServer(answer)
+    with Client(server.url) as client, pytest.raises(RequestFailed, match=message):
+        client.classify(b"image")
+    server.finish()
+
+
+def test_closing_ends_a_pause():
+    server = ScriptedServer((503, {"Retry-After": "1000"}, BUSY))
+    client = Client(server.url, deadline_s=3600)
+    failure: list[Exception] = []
+
+    def classify() -> None:
+        with pytest.raises(Unreachable, match="closed") as caught:
+            client.classify(b"image")
+        failure.append(caught.value)
+
+    thread = threading.Thread(target=classify)
+    thread.start()
+    server.finish()
+    client.close()
+    thread.join(30)
+    assert failure
+
+
+@pytest.mark.parametrize("options", [{"url": "localhost:8000"}, {"deadline_s": 0}, {"deadline_s": 3601}])
+def test_bad_arguments_are_refused_at_once(options):
+    with pytest.raises(ValueError, match=r"begins with http|deadline_s must be"):
+        Client(**options)
+
+
+def test_parameters_are_checked_before_anything_is_sent():
+    with Client("http://127.0.0.1:1") as client:
+        with pytest.raises(ValueError, match="top_k"):
+            client.classify_many(itertools.repeat(b""), top_k=0)
+        with pytest.raises(ValueError, match="deadline_s"):
+            client.classify(b"", deadline_s=0)
+        with pytest.raises(Unreachable, match="no answer from"):
+            client.model()

@@ -1,0 +1,44 @@
+"""The load generator: what it counts when a server misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+from app.load import Server, closed_loop, open_loop, prepare, steady
+from tests.server import ScriptedServer
+
+RIGHT = (200, {}, b'{"label":"cat"}')
+REQUESTS = [prepare(b"image", "image/png", "cat", deadline_ms=7, prefix="/vision")]
+
+
+def address(url: str) -> Server:
+    return Server("127.0.0.1", int(url.rpartition(":")[2]))
+
+
+def test_a_closed_loop_connects_again_and_counts_by_status():
+    """Each answer of the scripted server ends its connection; in the end it is gone altogether."""
+    server = ScriptedServer(RIGHT, (200, {}, b'{"label":"dog"}'), (503, {}, b""), (504, {}, b""), None, RIGHT)
+    tally = asyncio.run(closed_loop(address(server.url), REQUESTS, 1, 2.5))
+    (_, head), *rest = server.finish()
+    assert len(rest) == 5
+    assert head.startswith("post /vision/classify")
+    assert "x-deadline-ms: 7\r\n" in head
+    assert len(tally.right) == 2
+    assert {status: len(times) for status, times in tally.failed.items()} == {200: 1, 503: 1, 504: 1}
+    assert (len(tally.refused), tally.late, tally.unanswered) == (1, 1, 0)
+    assert tally.lost >= 2  # the one without an answer, and the connections refused after the end
+    assert tally.wrong == tally.lost + 1
+
+
+def test_an_open_loop_counts_refused_connections():
+    server = ScriptedServer(RIGHT)
+    tally = asyncio.run(open_loop(address(server.url), REQUESTS, steady(20), 0.5))
+    server.finish()
+    assert len(tally.right) == 1
+    assert tally.sent == len(tally.right) + tally.lost
+    assert tally.sent > 1
+
+
+def test_steady_times():
+    assert list(itertools.islice(steady(4), 3)) == [0.25, 0.5, 0.75]

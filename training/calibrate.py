@@ -1,0 +1,101 @@
+"""What a finished network's answers are worth: fitted on the held-out slice, never on the test set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import CLASS_MEANS, build_model, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixer
+from training.config import TrainConfig
+from training.data import ImageSet, load_images, split_validation
+from training.errors import DataError
+from training.evaluate import compute_outputs
+from training.metrics import (
+    familiarity,
+    feature_similarity,
+    fit_temperature,
+    probability_scores,
+    rejection_thresholds,
+)
+
+CLASS_MEAN_IMAGES = 5000
+"""Training images that the class means are taken from; of 3,000 they told unknown pictures as well as of 10,000."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a released checkpoint says of its answers.
+
+    Attributes:
+        figures: temperature, rejection thresholds by score, and probability scores before and after; plain JSON values.
+        class_means: float32 [C, h], see `model.checkpoint.CLASS_MEANS`.
+    """
+
+    figures: dict[str, Any]
+    class_means: Tensor
+
+
+def calibrate(
+    network: ConvMixer, training: ImageSet, validation: ImageSet, config: TrainConfig, device: torch.device
+) -> Calibration:
+    """Fits temperature and rejection thresholds.
+
+    Args:
+        network: trained; is put in evaluation mode.
+        training: images it was trained with, for the mean features of each class.
+        validation: images held out.
+        config: the run's, for the normalisation.
+        device: where to compute.
+    """
+    each = max(1, CLASS_MEAN_IMAGES // len(training.classes))
+    of_class = [(training.labels == number).nonzero().flatten() for number in range(len(training.classes))]
+    chosen = torch.cat([indices[:: max(1, len(indices) // each)] for indices in of_class])
+    sample = ImageSet(training.images[chosen], training.labels[chosen], training.classes)
+    _, features = compute_outputs(network, sample, config, device)
+    means = torch.stack([features[sample.labels == number].mean(0) for number in range(len(training.classes))])
+    logits, features = compute_outputs(network, validation, config, device)
+    temperature = fit_temperature(logits, validation.labels)
+    scores = familiarity(logits, temperature, feature_similarity(features, means))
+    return Calibration(
+        {
+            "temperature": temperature,
+            "thresholds": rejection_thresholds(scores),
+            "before": probability_scores(logits, validation.labels),
+            "after": probability_scores(logits, validation.labels, temperature),
+        },
+        means,
+    )
+
+
+def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str) -> dict[str, Any]:
+    """Fits a released checkpoint anew and rewrites it; its evaluation must be made again.
+
+    Args:
+        checkpoint_path: a `model.safetensors`.
+        data_path: what it was trained with, see `training.data.load_images`.
+        device: torch device.
+
+    Returns:
+        The figures, as in the checkpoint's description.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        DataError: the data cannot be read, or are others than those it was trained with.
+        OSError: the checkpoint cannot be written.
+    """
+    checkpoint = load_checkpoint(checkpoint_path)
+    description = checkpoint.description
+    data = load_images(data_path, "train", description["image_size"])
+    if data.fingerprint() != description["training"]["data_sha256"]:
+        raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
+    config = TrainConfig.from_dict(description["training"]["config"])
+    training, validation = split_validation(data, config.val_fraction, config.seed)
+    fitted = calibrate(build_model(checkpoint), training, validation, config, torch.device(device))
+    tensors = {**checkpoint.tensors, CLASS_MEANS: fitted.class_means}
+    save_checkpoint(checkpoint_path, tensors, {**description, "calibration": fitted.figures})
+    return fitted.figures
