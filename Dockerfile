@@ -9,6 +9,7 @@ ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
+RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -r /var/lib/apt/lists/*
 
 # Dependencies in a layer of their own: a change of the code does not install them again. Every file is one whose hash is
 # in the repository (`make pins`). pip stays outside the environment; numpy's tests and onnxruntime's conversion tools are
@@ -31,10 +32,7 @@ RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-d
  && rm /opt/venv/bin/convmixer-train
 
 FROM ${BASE_IMAGE}
-LABEL org.opencontainers.image.title="convmixer-serve" \
-      org.opencontainers.image.description="ConvMixer image classification over HTTP" \
-      org.opencontainers.image.version="0.1.0" \
-      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /usr/bin/tini /usr/bin/tini
 COPY --from=build /opt/venv /opt/venv
 # Without the last variable onnxruntime's official builds report usage to Microsoft
 ENV PATH=/opt/venv/bin:$PATH \
@@ -47,4 +45,14 @@ EXPOSE 8000
 # http.client and not urllib.request: an http_proxy in the environment is not for this
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-Ic", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
+# tini passes SIGTERM on and takes in the dead processes that a process 1 inherits, e.g. of a health check that timed out
+ENTRYPOINT ["tini", "--"]
 CMD ["convmixer", "serve"]
+# Last, so that another commit makes no other layers; `make docker` fills them in
+ARG VERSION=dev
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="convmixer-serve" \
+      org.opencontainers.image.description="ConvMixer image classification over HTTP" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"

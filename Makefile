@@ -50,8 +50,9 @@ torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (
 screenshot: .venv/.dev  ## Take docs/images/page.png anew; needs Chromium (apt-get install chromium fonts-inter)
 	$(BIN)/python -m tests.screenshot docs/images/page.png
 
-docker:  ## Build the image
-	docker build -t convmixer-serve .
+docker:  ## Build the image; VARIANT=gpu for CUDA
+	docker build -t convmixer-serve$(if $(VARIANT),:$(VARIANT)) $(if $(VARIANT),--build-arg VARIANT=$(VARIANT)) \
+	  --build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' app/__init__.py) --build-arg REVISION=$$(git rev-parse HEAD) .
 
 PIN = $(BIN)/uv pip compile --quiet --constraint constraints.txt --generate-hashes --python-platform linux --python-version 3.11 --no-annotate --no-header
 pins: .venv/.release  ## Pin what the images install, with hashes, from pyproject.toml and constraints.txt

@@ -30,6 +30,7 @@ class Service:
         settings: all of them.
 
     Attributes:
+        leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
         watchers: told of every answer: the access log, the traces. With none a request costs nothing for them.
 
     Raises:
@@ -38,6 +39,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.leaving = False
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
         cores = available_cores()
@@ -75,6 +77,10 @@ class Service:
             self.calibration.batch_ms.get(1, math.nan),
             self.calibration.seconds * 1000,
         )
+
+    def not_ready(self) -> str | None:
+        """Why no more requests should be sent here, or None."""
+        return "draining" if self.leaving or self.scheduler.draining else self.scheduler.failure()
 
     def tell(self, exchange: Exchange) -> None:
         """Tells the watchers of an answer."""

@@ -54,6 +54,11 @@ class Settings(BaseModel):
     max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")
     receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
     drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
+    shutdown_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="Time to go on as before after SIGTERM, but not ready, so that a load balancer leaves first, in seconds.",
+    )
     api_keys: SecretStr | None = Field(
         None,
         description="Keys, separated by commas, one of which /classify and /v2/models ask for (`Authorization: Bearer KEY`).",

@@ -12,6 +12,7 @@ import typer
 from benchmarks.serve import processor
 from torture.fuzz import fuzz
 from torture.memory import bombs, chunks, large_bodies, soak
+from torture.rolling import rolling
 from torture.slow import slow_clients
 from torture.target import REPOSITORY, Finding
 from torture.traffic import leavers, mixed, overload, restarts
@@ -28,6 +29,7 @@ def main(
     slow_seconds: Annotated[int, typer.Option(help="Length of each attack by slow clients.")] = 60,
     soak_seconds: Annotated[int, typer.Option(help="Length of the mixed load.")] = 120,
     times: Annotated[int, typer.Option(help="Restarts under load.")] = 20,
+    rolling_seconds: Annotated[int, typer.Option(help="Length of the restarts behind HAProxy.")] = 30,
 ) -> None:
     """Attacks the real server; exits with 1 if a promise was broken. A full run is written to docs/reliability.md."""
     attacks: dict[str, Callable[[], Finding | list[Finding]]] = {
@@ -38,6 +40,7 @@ def main(
         "mixed": lambda: mixed(10_000),
         "leavers": leavers,
         "restarts": lambda: restarts(times),
+        "rolling": lambda: rolling(rolling_seconds),
         "overload": lambda: overload(seconds),
         "slow": lambda: slow_clients(slow_seconds),
         "soak": lambda: soak(soak_seconds),

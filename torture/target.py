@@ -82,6 +82,8 @@ class Target:
             self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(READY_TIMEOUT_S)
         self._reader.join(READY_TIMEOUT_S)
+        assert self.process.stderr
+        self.process.stderr.close()
         return code
 
 

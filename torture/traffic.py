@@ -50,11 +50,11 @@ class Probe(threading.Thread):
         return not self.wrong and percentile(self.seconds, 0.99) < 0.1
 
 
-def _labels(server: Target, bodies: list[bytes]) -> list[Any]:
+def expected_labels(port: int, bodies: list[bytes]) -> list[Any]:
     """Each picture's answer when it is alone."""
 
     async def ask() -> list[Any]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         found = []
         for body in bodies:
             writer.write(post(body, "image/webp"))
@@ -70,7 +70,7 @@ def overload(seconds: float) -> list[Finding]:
     findings = []
     with target(max_connections=8192, coalesce="false") as server:
         bodies = pictures()
-        labels = _labels(server, bodies)
+        labels = expected_labels(server.port, bodies)
         requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
         hurried = [
             prepare(body, "image/webp", label, deadline_ms=DEADLINE_MS) for body, label in zip(bodies, labels, strict=True)
@@ -102,7 +102,7 @@ def mixed(requests: int) -> Finding:
     """Half of the traffic is malformed; every good answer must be what it is alone."""
     with target() as server:
         bodies = pictures()
-        labels = _labels(server, bodies)
+        labels = expected_labels(server.port, bodies)
         bad = [b"x" * 500, bodies[0][:60], b"\x89PNG\r\n\x1a\n" + b"\0" * 300, b"GIF89a" + b"\xff" * 100]
         left, different, refused, good = iter(range(requests)), 0, 0, 0
 

@@ -25,8 +25,7 @@ async def livez(request: Request) -> Response:
 @router.get("/readyz", response_model=ProbeAnswer, responses=_UNAVAILABLE, summary="Should requests be sent here?")
 async def readyz(request: Request) -> Response:
     """503 while draining or when the engine is dead. Mere overload does not change it: 503 on requests says that."""
-    scheduler = _service(request).scheduler
-    return _probe("draining" if scheduler.draining else scheduler.failure())
+    return _probe(_service(request).not_ready())
 
 
 @metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)

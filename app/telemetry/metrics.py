@@ -188,7 +188,7 @@ def _state(service: Service) -> Iterator[Metric]:
         ("max_batch", "Largest batch.", scheduler.max_batch),
         ("held_bytes", "Request bodies in memory.", service.bodies.held),
         ("held_bytes_limit", "Request bodies that may be in memory.", service.bodies.limit),
-        ("ready", "1 while /readyz says yes.", alive and not scheduler.draining),
+        ("ready", "1 while /readyz says yes.", service.not_ready() is None),
         ("engine_alive", "1 while every worker runs and none hangs.", alive),
     ):
         yield GaugeMetricFamily(f"convmixer_{name}", text, float(value))

@@ -66,6 +66,19 @@ def test_sigterm_finishes_open_requests_and_exits_with_0(start, samples):
     assert "Traceback" not in server.log
 
 
+def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(start, samples):
+    server = start(shutdown_delay_s=3)
+    url = server.wait_until_ready()
+    server.process.send_signal(signal.SIGTERM)
+    while httpx.get(f"{url}/readyz").status_code == 200:
+        assert server.process.poll() is None
+    assert httpx.get(f"{url}/readyz").json()["reason"] == "draining"
+    assert httpx.get(f"{url}/livez").status_code == 200
+    assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
+    assert "Shutting down" not in server.log
+    assert server.wait() == 0
+
+
 def refuses_to_start(server) -> str:
     assert server.wait() not in (0, -signal.SIGKILL)
     assert "Uvicorn running" not in server.log

@@ -124,14 +124,14 @@ async def server_live(request: Request) -> ServerLive:
 @router.get("/health/ready", responses=UNAVAILABLE, summary="Should requests be sent here?")
 async def server_ready(request: Request) -> ServerReady:
     """As `/readyz`."""
-    _refuse_if(_why_not_ready(_service(request)))
+    _refuse_if(_service(request).not_ready())
     return {"ready": True}
 
 
 async def model_ready(request: Request) -> ModelReady:
     """As `/readyz`, for the one model there is."""
     service = _service(request)
-    _refuse_if(_why_not_ready(service))
+    _refuse_if(service.not_ready())
     return {"name": service.metadata.name, "ready": True}
 
 
@@ -244,10 +244,6 @@ def _header_length(headers: Headers, body_length: int) -> int | None:
             "it must be the length of the JSON in bytes"
         )
     return int(text)
-
-
-def _why_not_ready(service: Service) -> str | None:
-    return "draining" if service.scheduler.draining else service.scheduler.failure()
 
 
 def _refuse_if(reason: str | None) -> None:

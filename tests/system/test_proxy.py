@@ -1,0 +1,107 @@
+"""Two replicas behind the real HAProxy with the real configuration."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from app.settings import Settings
+from benchmarks.clients import closed_loop, prepare
+from torture.rolling import CONFIGURATION, Cluster
+from torture.target import post
+from torture.traffic import expected_labels
+
+TEXT = CONFIGURATION.read_text()
+WEBP = {"Content-Type": "image/webp"}
+with_haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed (Debian: apt install haproxy)")
+
+
+def default(name: str) -> float:
+    return Settings.model_fields[name].default
+
+
+def test_its_limits_are_the_services():
+    assert int(re.search(r"req\.body_size gt (\d+)", TEXT)[1]) == default("max_body_bytes")
+    assert int(re.search(r"timeout http-request (\d+)s", TEXT)[1]) == default("receive_timeout_s")
+    assert int(re.search(r"default-server .* maxconn (\d+)", TEXT)[1]) < default("max_connections")
+    assert int(re.search(r":\$\{REPLICA_PORT-(\d+)\}", TEXT)[1]) == default("port")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(2)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def proxy(cluster) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{cluster.port}", timeout=60) as client:
+        yield client
+
+
+@with_haproxy
+def test_a_request_id_goes_through_and_one_is_made_where_it_is_missing_or_unfit(proxy, samples):
+    answer = proxy.post("/classify", content=samples[0].data, headers=WEBP | {"X-Request-ID": "from-me.1"})
+    assert answer.headers["X-Request-ID"] == answer.json()["request_id"] == "from-me.1"
+    for sent in ({}, {"X-Request-ID": "not fit"}):
+        answer = proxy.post("/classify", content=samples[0].data, headers=WEBP | sent)
+        assert re.fullmatch(r"[0-9a-f-]{36}", answer.json()["request_id"])
+
+
+@with_haproxy
+@pytest.mark.parametrize("path", ["/metrics", "/%6detrics", "/%6D%65trics/", "/metrics?x=1", "/metrics/../metrics"])
+def test_metrics_are_not_for_outsiders(cluster, path):
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b"convmixer_" not in answer
+
+
+@with_haproxy
+def test_what_it_refuses_itself_is_a_problem_document(cluster):
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {default('max_body_bytes') + 1}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"application/problem+json" in answer
+    assert b'"code":"body_too_large"' in answer
+
+
+@with_haproxy
+def test_a_body_that_crawls_in_occupies_no_replica(cluster, samples):
+    def sessions() -> int:
+        rows = csv.DictReader(httpx.get(f"http://{cluster.operators}/;csv").text.removeprefix("# ").splitlines())
+        return sum(int(row["scur"]) for row in rows if row["pxname"] == "replicas" and row["svname"] == "BACKEND")
+
+    wire = post(samples[0].data, "image/webp", close=True)
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(wire[:-1])
+        assert sessions() == 0
+        connection.sendall(wire[-1:])
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+@with_haproxy
+def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, samples):
+    """One is told to stop and replaced, then the other is killed: its requests are repeated."""
+    bodies = [sample.data for sample in samples[:20]]
+    labels = expected_labels(cluster.port, bodies)
+    requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(closed_loop, cluster.port, requests, 4, 8)
+        assert cluster.restart(0) == 0
+        cluster.replicas[1].process.send_signal(signal.SIGKILL)
+        tally = load.result()
+    assert len(tally.right) == tally.sent > 0, tally
