@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from benchmarks.clients import Request, closed_loop, prepare
+from app.load import Request, prepare
+from benchmarks.clients import closed_loop
 from deploy.rolling_update import replicas_up
 from torture.target import READY_TIMEOUT_S, REPOSITORY, Finding, Target, now, pictures
 from torture.traffic import expected_labels
