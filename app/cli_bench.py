@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import ssl
 import time
-from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,23 +16,11 @@ import typer
 import uvloop
 
 from app.client import Client, Model
-from app.load import Server, Tally, closed_loop, open_loop, prepare
+from app.load import Server, Tally, closed_loop, open_loop, poisson, prepare
 
 _WARM_UP_S = 0.5
 _OWN_SHARE = 0.8
 """Of a core; a client busier than that measures itself."""
-
-
-def poisson(rate: float) -> Iterator[float]:
-    """Times for `open_loop` as those of many independent clients: exponential intervals.
-
-    Args:
-        rate: requests a second, on average.
-    """
-    due = 0.0
-    while True:
-        due += random.expovariate(rate)
-        yield due
 
 
 def bench(

@@ -7,6 +7,7 @@ benchmarks use it.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import ssl
 import time
@@ -295,6 +296,19 @@ def steady(rate: float) -> Iterator[float]:
     while True:
         count += 1
         yield count / rate
+
+
+def poisson(rate: float, seed: int | None = None) -> Iterator[float]:
+    """Times for `open_loop` as those of many independent clients: exponential intervals.
+
+    Args:
+        rate: requests a second, on average.
+        seed: of the intervals; None: others each time.
+    """
+    generator, due = random.Random(seed), 0.0  # noqa: S311 - no secret
+    while True:
+        due += generator.expovariate(rate)
+        yield due
 
 
 async def _last_answers(connections: set[_Connection], tasks: set[asyncio.Task[None]]) -> None:

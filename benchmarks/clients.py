@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 
-from app.load import Request, Server, Tally, steady
+from app.load import Request, Server, Tally, poisson, steady
 from app.load import closed_loop as _closed_loop
 from app.load import open_loop as _open_loop
 
@@ -15,17 +15,26 @@ def closed_loop(port: int, requests: list[Request], clients: int, seconds: float
     return _in_process(_measure_closed, port, requests, clients, seconds)
 
 
-def open_loop(port: int, requests: list[Request], rate: float, seconds: float) -> Tally:
-    """Requests at a steady rate, whether or not earlier ones were answered; as many connections as that takes."""
-    return _in_process(_measure_open, port, requests, rate, seconds)
+def open_loop(port: int, requests: list[Request], rate: float, seconds: float, *, at_random: bool = False) -> Tally:
+    """Requests at a rate, whether or not earlier ones were answered; as many connections as that takes.
+
+    Args:
+        port: of the server.
+        requests: in turn.
+        rate: requests a second.
+        seconds: to measure.
+        at_random: a Poisson process in place of even intervals.
+    """
+    return _in_process(_measure_open, port, requests, rate, seconds, at_random)
 
 
 async def _measure_closed(port: int, requests: list[Request], clients: int, seconds: float) -> Tally:
     return await _closed_loop(Server("127.0.0.1", port), requests, clients, seconds)
 
 
-async def _measure_open(port: int, requests: list[Request], rate: float, seconds: float) -> Tally:
-    return await _open_loop(Server("127.0.0.1", port), requests, steady(rate), seconds)
+async def _measure_open(port: int, requests: list[Request], rate: float, seconds: float, at_random: bool) -> Tally:
+    due = poisson(rate) if at_random else steady(rate)
+    return await _open_loop(Server("127.0.0.1", port), requests, due, seconds)
 
 
 def _in_process(measure: Callable[..., object], *arguments: object) -> Tally:
