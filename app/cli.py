@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -42,24 +43,39 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: CONVMIXER_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: CONVMIXER_PORT or 8000.")] = None,
     model: ModelOption = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="Listening socket of `app.processes`.")] = None,
+    siblings: Annotated[Path | None, typer.Option(hidden=True, help="Folder of `app.processes`.")] = None,
 ) -> None:
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
-    from app.main import create_app
-    from app.server import run
     from app.telemetry.logs import configure_logging
 
     settings = _settings(host=host, port=port, model=model)
     configure_logging(settings.log_level, settings.log_format)
+    if settings.processes > 1 and fd is None:
+        raise SystemExit(_supervise(settings))
+    from app.main import create_app
+    from app.server import run
+
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
-        run(create_app(settings), settings)
+        run(create_app(settings, siblings), settings, None if fd is None else socket.socket(fileno=fd))
     except StartupError as error:
         logging.getLogger(__name__).critical("the service does not start: %s", error)
         raise SystemExit(1) from error
+
+
+def _supervise(settings: Settings) -> int:
+    from app.processes import command_line, supervise
+
+    try:
+        return supervise(settings, command_line())
+    except StartupError as error:
+        logging.getLogger(__name__).critical("the service does not start: %s", error)
+        return 1
 
 
 @app.command()

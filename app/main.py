@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
 
 from fastapi import FastAPI
 from prometheus_client import start_http_server
@@ -15,6 +16,7 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
+from app.processes import tell_metrics
 from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
 from app.service import Service
 from app.settings import Settings
@@ -25,13 +27,14 @@ from app.telemetry.traces import open_traces
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings | None = None) -> App:
+def create_app(settings: Settings | None = None, siblings: Path | None = None) -> App:
     """Builds the application: FastAPI behind the guard.
 
     The guard stands outside of FastAPI and not among its middleware, because its own entrance costs more than the guard.
 
     Args:
         settings: None reads the environment.
+        siblings: folder in which the processes behind one address meet (`app.processes`).
 
     Raises:
         StartupError: a setting is wrong. (A wrong artifact or provider raises it when the lifespan starts.)
@@ -42,12 +45,14 @@ def create_app(settings: Settings | None = None) -> App:
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
         try:
             service = Service(settings)
+            service.siblings = siblings
             close_metrics = _serve_metrics(settings, service)
             close_traces = _watch(settings, service)
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
-        yield {"service": service}
+        async with tell_metrics(siblings, service.metrics.registry) if siblings else nullcontext():
+            yield {"service": service}
         close_metrics()
         await run_in_threadpool(service.close)
         await run_in_threadpool(close_traces)
@@ -84,7 +89,7 @@ def create_app(settings: Settings | None = None) -> App:
 
 def _serve_metrics(settings: Settings, service: Service) -> Callable[[], None]:
     """Opens the metrics' own port if there is one; returns what closes it."""
-    if settings.metrics_port is None:
+    if settings.metrics_port is None or settings.processes > 1:
         return lambda: None
     try:
         server, thread = start_http_server(settings.metrics_port, settings.host, service.metrics.registry)

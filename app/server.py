@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import resource
 import socket
 import struct
@@ -28,6 +30,7 @@ from app.api.classify import RAW_TYPES, Wanted
 from app.api.problems import defect_response, problem_response
 from app.engine.scheduler import Outcome, Timing
 from app.errors import CLIENT_LEFT, DeadlineExceeded, HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.processes import ENGINE_FAILURE
 from app.protection import choose_request_id
 from app.settings import Settings
 from app.telemetry.exchange import Exchange, server_timing
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
     from app.protection import App
     from app.service import Service
+
+logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
@@ -54,12 +59,13 @@ _MAX_DIGITS = 3
 _UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding", b"origin"))
 
 
-def run(app: App, settings: Settings) -> None:
+def run(app: App, settings: Settings, listening: socket.socket | None = None) -> None:
     """Serves until SIGTERM or SIGINT; open requests are finished first.
 
     Args:
         app: the ASGI application; its lifespan puts the running service into `state["service"]`.
         settings: address, limits and timeouts.
+        listening: an open socket in place of the address, shared with other processes (`app.processes`).
     """
     _allow_open_files(settings.max_connections)
     config = uvicorn.Config(
@@ -75,7 +81,7 @@ def run(app: App, settings: Settings) -> None:
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
     server = _Server(config)
-    server.run()
+    server.run([listening] if listening else None)
     if not server.started:
         raise SystemExit(_STARTUP_FAILURE)
 
@@ -84,19 +90,31 @@ class _Server(uvicorn.Server):
     """Ends what passed its deadline, twice a second: cheaper than a timer for each request. Leaves late, if asked to."""
 
     _leave_at: float | None = None
+    _parent = os.getppid()
 
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()
         if counter % 5 == 0:  # uvicorn ticks ten times a second
             for connection in list(self.server_state.connections):
                 cast("Protocol", connection).enforce_deadlines(now)
+            service: Service = self.lifespan.state["service"]
+            if service.settings.processes > 1:
+                self._answer_to_parent(service)
         if not await super().on_tick(counter):
             return False
         if self._leave_at is None:
-            service: Service = self.lifespan.state["service"]
+            service = self.lifespan.state["service"]
             service.leaving = True
             self._leave_at = now + service.settings.shutdown_delay_s
         return self.force_exit or now >= self._leave_at
+
+    def _answer_to_parent(self, service: Service) -> None:
+        """Makes room for a sound process if the engine has failed, and leaves if nobody is there to do so."""
+        if reason := service.scheduler.failure():
+            logger.critical("%s; this process ends and is replaced", reason)
+            os._exit(ENGINE_FAILURE)  # threads that hang would keep any other end waiting
+        if os.getppid() != self._parent:
+            self.should_exit = True
 
 
 def _allow_open_files(connections: int) -> None:

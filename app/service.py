@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
@@ -30,6 +31,7 @@ class Service:
         settings: all of them.
 
     Attributes:
+        siblings: folder in which the processes behind one address meet (`app.processes`); None if there is one process.
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
         watchers: told of every answer: the access log, the traces. With none a request costs nothing for them.
 
@@ -40,9 +42,10 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.leaving = False
+        self.siblings: Path | None = None
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
-        cores = available_cores()
+        cores = max(1, available_cores() // settings.processes)
         self.session = Session(verified, settings.provider, lone_threads=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)

@@ -35,6 +35,12 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes behind the port, each with its part of the cores; one that dies is replaced.",
+    )
     workers: int = Field(
         0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
     )

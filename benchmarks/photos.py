@@ -9,7 +9,8 @@ test images do). The scores, all higher for what the model knows:
 
 - max_probability: the largest calibrated probability (arXiv 1610.02136);
 - energy: log Σ exp of the calibrated logits (arXiv 2010.03759);
-- feature_distance: cosine to the nearest of 50 training features (arXiv 2204.06507), from the network itself.
+- feature_distance: cosine to the 50th nearest of 5,000 training features (arXiv 2204.06507), from the network itself;
+- feature_similarity: cosine to the nearest class's mean features, which the artifact computes.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def scores(
 ) -> dict[str, NDArray[np.float64]]:
     """Every score of uint8 [N, S, S, 3]."""
     parts = np.array_split(pixels, max(1, len(pixels) // 64))
-    logits = torch.from_numpy(np.concatenate([session.infer(part).logits for part in parts])).double() / temperature
+    answers = [session.infer(part) for part in parts]
+    logits = torch.from_numpy(np.concatenate([answer.logits for answer in answers])).double() / temperature
+    class_means = np.concatenate([answer.similarity for answer in answers if answer.similarity is not None])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     own = F.normalize(features(network, images, config))
     similarity = torch.cat([(part @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1] for part in own.split(500)])
@@ -119,6 +122,7 @@ def scores(
         "max_probability": logits.softmax(1).amax(1).numpy(),
         "energy": logits.logsumexp(1).numpy(),
         "feature_distance": similarity.double().numpy(),
+        "feature_similarity": class_means.astype(np.float64),
     }
 
 

@@ -68,7 +68,7 @@ def expected_labels(port: int, bodies: list[bytes]) -> list[Any]:
 def overload(seconds: float) -> list[Finding]:
     """Requests at 2, 5 and 10 times the measured capacity, each with a deadline; probes meanwhile."""
     findings = []
-    with target(max_connections=8192) as server:
+    with target(max_connections=8192, coalesce="false") as server:
         bodies = pictures()
         labels = expected_labels(server.port, bodies)
         requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
@@ -131,7 +131,7 @@ def mixed(requests: int) -> Finding:
 
 def leavers() -> Finding:
     """Clients that leave at once: their images must not be decoded or inferred, beyond the batch in work."""
-    with target(workers=1, max_batch=8) as server:
+    with target(workers=1, max_batch=8, coalesce="false") as server:
         before = metrics(server.port)["convmixer_images_total"]
         body = pictures()[0]
         parts = (b'--b\r\nContent-Disposition: form-data; name="i"; filename="x"\r\n\r\n' + body + b"\r\n") * 100

@@ -59,14 +59,14 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.1.0"},
+    "model": {"name": "fast", "version": "1.2.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
             "confidence": 0.994,
             "in_distribution": True,
-            "in_distribution_score": 0.994,
+            "in_distribution_score": 0.787,
             "top_k": [{"label": "cat", "probability": 0.994}, {"label": "dog", "probability": 0.0015}],
             "warnings": [],
         }

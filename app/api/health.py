@@ -6,8 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.concurrency import run_in_threadpool
 
+from app.processes import Siblings
 from app.schemas import ModelCard, ProbeAnswer
 from app.service import Service
 
@@ -30,8 +32,15 @@ async def readyz(request: Request) -> Response:
 
 @metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Prometheus text format."""
-    return Response(generate_latest(_service(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus text format; of all processes behind this address, if there are several."""
+    service = _service(request)
+    if service.siblings is None:
+        text = generate_latest(service.metrics.registry)
+    else:
+        registry = CollectorRegistry()
+        registry.register(Siblings(service.siblings))
+        text = await run_in_threadpool(generate_latest, registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/model", summary="What is served, and how")

@@ -1,0 +1,195 @@
+"""Several processes behind one address: `CONVMIXER_PROCESSES`.
+
+The first process opens the listening socket, starts the others on it, replaces what dies and passes SIGTERM on; it answers
+nothing itself. The others share nothing but the socket, and a folder with one Unix socket each, on which they tell their
+metrics: whoever is scraped gathers all of them, with a label `process`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest, start_http_server
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from app.errors import StartupError
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ENGINE_FAILURE = 70
+"""Exit code of a process whose engine died or hangs (EX_SOFTWARE of sysexits.h): it is replaced."""
+
+_CANNOT_START = (1, 2, 3)
+"""Exit codes of a process that would fail in the same way again."""
+
+_RESPAWN_DELAY_S = 1.0
+_GATHER_TIMEOUT_S = 2.0
+_START_POLL_S = 0.05
+
+
+def supervise(settings: Settings, command: Sequence[str]) -> int:
+    """Runs `settings.processes` of them until SIGTERM or SIGINT.
+
+    Args:
+        settings: address, number of processes, the metrics' own port.
+        command: what starts one; `--fd` and `--siblings` are added.
+
+    Returns:
+        Exit code: 0 after a signal, else that of the process that could not start.
+
+    Raises:
+        StartupError: the address or the metrics' port cannot be opened.
+    """
+    bound = _bind(settings)
+    host, port = bound.getsockname()[:2]
+    with tempfile.TemporaryDirectory(prefix="convmixer-") as folder, bound:
+        whole = [*command, "--fd", str(bound.fileno()), "--siblings", folder]
+        started: dict[int, float] = {}
+        stopping = False
+
+        def spawn() -> None:
+            started[os.posix_spawn(whole[0], whole, os.environ)] = time.monotonic()
+
+        def stop(*_: object) -> None:
+            nonlocal stopping
+            stopping = True
+            for pid in list(started):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+
+        close_metrics = _serve_metrics(settings, Path(folder))
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        for _ in range(settings.processes):
+            spawn()
+        failed = 0
+        told = False
+        while started:
+            pid, status = os.waitpid(-1, 0 if told else os.WNOHANG)
+            if not pid:  # none has ended; they are starting
+                if told := any(Path(folder).iterdir()):
+                    logger.info("Uvicorn running on http://%s:%d (%d processes)", host, port, settings.processes)
+                else:
+                    time.sleep(_START_POLL_S)
+                continue
+            lived_s = time.monotonic() - started.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if not stopping and code in _CANNOT_START:
+                logger.critical("process %d does not start (exit code %d); stopping", pid, code)
+                failed = code
+                stop()
+            elif not stopping:
+                logger.error("process %d ended with %d; it is replaced", pid, code)
+                time.sleep(max(0.0, _RESPAWN_DELAY_S - lived_s))
+                if not stopping:
+                    spawn()
+        close_metrics()
+    return failed
+
+
+@asynccontextmanager
+async def tell_metrics(folder: Path, registry: CollectorRegistry) -> AsyncIterator[None]:
+    """Answers siblings that gather metrics, while it is entered.
+
+    Args:
+        folder: of the Unix sockets.
+        registry: this process's metrics.
+    """
+
+    async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(generate_latest(registry))
+        with suppress(ConnectionError):
+            await writer.drain()
+        writer.close()
+
+    path = folder / f"{os.getpid()}.sock"
+    server = await asyncio.start_unix_server(tell, path)
+    try:
+        yield
+    finally:
+        server.close()
+        path.unlink(missing_ok=True)
+
+
+class Siblings(Collector):
+    """The metrics of all processes.
+
+    Args:
+        folder: of the Unix sockets.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        """Every process's samples with a label `process`, its id (prometheus_client's Collector)."""
+        families: dict[str, Metric] = {}
+        for path in sorted(self.folder.glob("*.sock")):
+            for family in text_string_to_metric_families(_read(path).decode()):
+                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    known.add_sample(sample.name, {**sample.labels, "process": path.stem}, sample.value)
+        yield from families.values()
+
+
+def _read(path: Path) -> bytes:
+    text = b""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_GATHER_TIMEOUT_S)
+            connection.connect(str(path))
+            while piece := connection.recv(65536):
+                text += piece
+    except ConnectionRefusedError:  # it was killed
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("process %s does not tell its metrics: %s", path.stem, error)
+        return b""
+    return text
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """The address, taken but not listened on: clients are refused until the first process is ready."""
+    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host, settings.port))
+    except OSError as error:
+        bound.close()
+        raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    bound.set_inheritable(True)
+    return bound
+
+
+def _serve_metrics(settings: Settings, folder: Path) -> Callable[[], None]:
+    if settings.metrics_port is None:
+        return lambda: None
+    registry = CollectorRegistry()
+    registry.register(Siblings(folder))
+    try:
+        server, thread = start_http_server(settings.metrics_port, settings.host, registry)
+    except OSError as error:
+        raise StartupError(f"CONVMIXER_METRICS_PORT={settings.metrics_port}: {error.strerror}") from error
+
+    def close() -> None:
+        server.shutdown()
+        thread.join()
+
+    return close
+
+
+def command_line() -> list[str]:
+    """What starts this program once more."""
+    return [sys.executable, "-m", "app.cli", *sys.argv[1:]]

@@ -1,0 +1,100 @@
+"""Several processes behind one port: all answer, all are counted, and one that dies is replaced while the others go on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.server import ServerProcess
+
+GIVE_UP_S = 60
+
+
+@pytest.fixture(scope="module")
+def pair():
+    server = ServerProcess(processes="2", workers="1")
+    server.wait_until_ready()
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+
+
+def processes(url: str) -> dict[int, float]:
+    """Images inferred by process."""
+    text = httpx.get(f"{url}/metrics").text
+    return {int(pid): float(count) for pid, count in re.findall(r'^convmixer_images_total\{process="(\d+)"\} (\S+)', text, re.M)}
+
+
+def both(url: str) -> dict[int, float]:
+    give_up = time.monotonic() + GIVE_UP_S
+    while len(found := processes(url)) != 2:
+        assert time.monotonic() < give_up, found
+    return found
+
+
+def classify(url: str, data: bytes) -> str:
+    """The label, over a connection of its own; a connection that breaks is tried once more, as clients do."""
+    for attempt in (1, 2):
+        try:
+            response = httpx.post(f"{url}/classify", content=data, headers={"Content-Type": "image/webp"}, timeout=GIVE_UP_S)
+            return response.json()["predictions"][0]["label"]
+        except httpx.TransportError:
+            if attempt == 2:
+                raise
+    raise AssertionError
+
+
+def test_every_process_answers_and_is_counted(pair, samples):
+    url = pair.wait_until_ready()
+    before = both(url)
+    with ThreadPoolExecutor(16) as pool:
+        labels = list(pool.map(lambda sample: classify(url, sample.data), samples[:100]))
+    after = both(url)
+    assert sum(label == sample.label for label, sample in zip(labels, samples, strict=False)) > 80
+    assert after.keys() == before.keys()
+    assert sum(after.values()) - sum(before.values()) == 100
+
+
+def test_a_killed_process_is_replaced_and_the_other_goes_on(pair, samples):
+    url = pair.wait_until_ready()
+    expected = classify(url, samples[0].data)
+    victim = next(iter(both(url)))
+    os.kill(victim, signal.SIGKILL)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: classify(url, samples[0].data), range(40))) == {expected}
+    give_up = time.monotonic() + GIVE_UP_S
+    while victim in (found := both(url)):
+        assert time.monotonic() < give_up, found
+    assert f"process {victim} ended with -9; it is replaced" in pair.log
+
+
+def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
+    server = start(processes=2, model=tmp_path / "none.onnx")
+    assert server.wait() != 0
+    assert "cannot be read" in server.log
+    assert "it is replaced" not in server.log
+
+
+def test_the_metrics_port_tells_of_all(start):
+    with httpx.Client() as client:
+        server = start(processes=2, metrics_port=(port := free_port()))
+        url = server.wait_until_ready()
+        assert client.get(f"{url}/metrics").status_code == 404
+        give_up = time.monotonic() + GIVE_UP_S
+        while len(set(re.findall(r'process="(\d+)"', client.get(f"http://127.0.0.1:{port}/metrics").text))) != 2:
+            assert time.monotonic() < give_up
+        assert server.stop() == 0
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
