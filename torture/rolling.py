@@ -126,7 +126,7 @@ def rolling(seconds: float, replicas: int = 2) -> Finding:
         f"({_share_of_large(requests):.0%} too large for HAProxy to repeat), {len(tally.right):,} answered 200, {lost} lost; "
         f"exit codes {sorted(set(codes))}"
     )
-    return Finding(_PROMISE, figure, not lost and len(codes) >= replicas and set(codes) == {0})
+    return Finding(_PROMISE, figure, not lost and not tally.lost and len(codes) >= replicas and set(codes) == {0})
 
 
 def _large(body: bytes) -> bytes:
