@@ -84,6 +84,8 @@ def supervise(settings: Settings, command: Sequence[str]) -> int:
                 else:
                     time.sleep(_START_POLL_S)
                 continue
+            if pid not in started:  # as process 1 this one inherits those whose parents have died
+                continue
             lived_s = time.monotonic() - started.pop(pid)
             code = os.waitstatus_to_exitcode(status)
             if not stopping and code in _CANNOT_START:
