@@ -34,7 +34,7 @@ class Service:
         self.settings = settings
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
-        cores = available_cores()
+        cores = settings.cores or available_cores()
         self.session = Session(verified, settings.provider, lone_threads=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics()

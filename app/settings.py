@@ -35,6 +35,9 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    cores: int = Field(
+        0, ge=0, le=4096, description="Cores the engine may use. 0: the CPU quota of the container, or the machine's."
+    )
     workers: int = Field(
         0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
     )
