@@ -45,7 +45,7 @@ class Service:
         self.siblings: Path | None = None
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
-        cores = max(1, available_cores() // settings.processes)
+        cores = max(1, (settings.cores or available_cores()) // settings.processes)
         self.session = Session(verified, settings.provider, lone_threads=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)

@@ -41,6 +41,9 @@ class Settings(BaseModel):
         le=1024,
         description="Processes behind the port, each with its part of the cores; one that dies is replaced.",
     )
+    cores: int = Field(
+        0, ge=0, le=4096, description="Cores the engine may use. 0: the CPU quota of the container, or the machine's."
+    )
     workers: int = Field(
         0, ge=0, le=256, description="Inference threads. 0: measured at start, at most one per core of the CPU quota."
     )

@@ -1,0 +1,178 @@
+"""One shard: read, classify, store. Runs on a Ray worker."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from app.engine.scheduler import Outcome
+from app.errors import BodyTooLarge, ServiceError, StartupError, UndecodableImage
+from app.ray.shards import UNREADABLE, JobDescription, Piece, Place, ShardResult, Shards
+from app.service import Service
+from app.settings import Settings
+from app.verdict import judge
+
+READERS = 32
+"""Images read at once: what object storage needs to keep up, with tens of milliseconds an object."""
+
+Record = tuple[Any, Callable[[], bytes]]
+"""A record's id, and what reads its image."""
+
+
+@functools.cache
+def engine(settings: Settings, sha256: str) -> Service:
+    """This process's engine. Ray runs one task after another in it, and the model stays loaded.
+
+    Args:
+        settings: all of them, `cores` being what a task reserves.
+        sha256: of the artifact that the driver has.
+
+    Raises:
+        StartupError: the node's artifact is another one, or cannot be opened.
+    """
+    service = Service(settings)
+    if service.sha256 != sha256:
+        service.close()
+        raise StartupError(f"this node's {settings.artifact_path()} is not the driver's: {service.sha256}, not {sha256}")
+    return service
+
+
+def compute_shards(
+    batch: dict[str, NDArray[np.int64]], *, output: str, job: JobDescription, settings: Settings
+) -> dict[str, NDArray[np.int64]]:
+    """The function that Ray Data maps over the shards.
+
+    Args:
+        batch: `shard`, int64 [N]: their numbers.
+        output: the job's folder.
+        job: what it is.
+        settings: of the engine.
+
+    Returns:
+        `rows`, int64 [N]: images in each.
+    """
+    service = engine(settings, job.model_sha256)
+    shards = Shards(Place(output))
+    return {"rows": np.array([classify_shard(shards, job, int(shard), service).rows for shard in batch["shard"]])}
+
+
+def classify_shard(shards: Shards, job: JobDescription, shard: int, service: Service) -> ShardResult:
+    """Classifies a shard's images and stores the results. In memory are, at most, `READERS` images or one row group.
+
+    Args:
+        shards: of the job.
+        job: what it is.
+        shard: which.
+        service: the engine.
+
+    Raises:
+        OSError: the output cannot be written.
+    """
+    place = Place(job.input)
+    pieces = shards.pieces(shard)
+    classified: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    for identity, result in _results(service, _records(place, job, pieces, service.settings.max_body_bytes)):
+        if isinstance(result, Outcome):
+            prediction = judge(result, service.metadata, index=0, filename=None, top_k=1)
+            classified.append({"id": identity, **prediction})
+        else:
+            code = result.code if isinstance(result, ServiceError) else UNREADABLE
+            rejected.append({"id": identity, "code": code, "detail": getattr(result, "detail", str(result))})
+    id_type = _id_type(place, job, pieces[0])
+    shards.write(
+        shard,
+        pa.Table.from_pylist(
+            classified,
+            pa.schema(
+                [
+                    ("id", id_type),
+                    ("label", pa.string()),
+                    ("confidence", pa.float64()),
+                    ("in_distribution", pa.bool_()),
+                    ("in_distribution_score", pa.float64()),
+                    ("warnings", pa.list_(pa.string())),
+                ]
+            ),
+        ),
+        pa.Table.from_pylist(rejected, pa.schema([("id", id_type), ("code", pa.string()), ("detail", pa.string())])),
+    )
+    return ShardResult(len(classified), Counter(row["code"] for row in rejected))
+
+
+def _results(service: Service, records: Iterator[Record]) -> Iterator[tuple[Any, Outcome | ServiceError | OSError]]:
+    """Each record's outcome or its own failure, in order; enough of them in flight to keep readers and engine busy."""
+    scheduler = service.scheduler
+    most = min(max(READERS, 2 * scheduler.workers * scheduler.max_batch), scheduler.max_queue)
+    in_flight: deque[tuple[Any, Future[Future[Outcome]]]] = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for identity, read in records:
+            in_flight.append((identity, pool.submit(_submit, service, read)))
+            if len(in_flight) == most:
+                yield _result(*in_flight.popleft())
+        while in_flight:
+            yield _result(*in_flight.popleft())
+
+
+def _submit(service: Service, read: Callable[[], bytes]) -> Future[Outcome]:
+    return service.scheduler.submit([read()])[0]
+
+
+def _result(identity: Any, pending: Future[Future[Outcome]]) -> tuple[Any, Outcome | ServiceError | OSError]:
+    try:
+        return identity, pending.result().result()
+    except OSError as error:
+        return identity, error
+    except ServiceError as error:
+        if not error.per_item and not isinstance(error, BodyTooLarge):
+            raise  # not the record's fault
+        return identity, error
+
+
+def _records(place: Place, job: JobDescription, pieces: list[Piece], max_bytes: int) -> Iterator[Record]:
+    for piece in pieces:
+        if piece.row_group is None:
+            yield piece.path, functools.partial(_read_file, place, piece.path, max_bytes)
+        else:
+            yield from _rows(place, job, piece.path, piece.row_group)
+
+
+def _rows(place: Place, job: JobDescription, path: str, row_group: int) -> Iterator[Record]:
+    file = parquet.ParquetFile(place / path, filesystem=place.fs)
+    row = sum(file.metadata.row_group(number).num_rows for number in range(row_group))
+    columns = [job.image_column, *filter(None, [job.id_column])]
+    for batch in file.iter_batches(READERS, row_groups=[row_group], columns=columns):
+        ids = batch[job.id_column].to_pylist() if job.id_column else [f"{path}#{row + i}" for i in range(len(batch))]
+        row += len(batch)
+        images = batch[job.image_column]
+        if pa.types.is_struct(images.type):
+            images = images.field("bytes")
+        for identity, image in zip(ids, images.to_pylist(), strict=True):
+            yield identity, functools.partial(_not_null, image)
+
+
+def _not_null(image: bytes | None) -> bytes:
+    if image is None:
+        raise UndecodableImage("the record holds no image (null)")
+    return image
+
+
+def _read_file(place: Place, path: str, max_bytes: int) -> bytes:
+    with place.fs.open_input_file(place / path) as file:
+        if file.size() > max_bytes:
+            raise BodyTooLarge(f"the file has {file.size():,} bytes; the limit is {max_bytes:,} (CONVMIXER_MAX_BODY_BYTES)")
+        return file.read()  # type: ignore[no-any-return]
+
+
+def _id_type(place: Place, job: JobDescription, piece: Piece) -> pa.DataType:
+    if job.id_column is None or piece.row_group is None:
+        return pa.string()
+    return parquet.read_schema(place / piece.path, filesystem=place.fs).field(job.id_column).type

@@ -1,0 +1,354 @@
+"""The job and the service on a real Ray cluster of two nodes on this machine, reached over loopback with a token.
+
+What needs no cluster (shards, records, resuming after storage failed) is tested in this process first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from app.errors import StartupError
+from app.service import Service
+from app.settings import Settings
+from app.verdict import judge
+
+if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
+    pytest.skip("ray is not installed (pip install 'convmixer-serve[ray]')", allow_module_level=True)
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from app.ray import classify_dataset
+from app.ray.records import compute_shards, engine
+from app.ray.shards import JobDescription, Place, Shards
+
+GIVE_UP_S = 240
+REPEATS = 5
+MAX_QUEUE = 20
+BROKEN = {b"": "unsupported_image", b"not an image": "unsupported_image", None: "undecodable_image"}
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    service = Service(Settings.load(cores=1))
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def expected(service, samples) -> dict[bytes, tuple[str, float]]:
+    """Label and confidence of every sample's bytes, one by one in this process."""
+    answers = {}
+    for sample in samples:
+        outcome = service.scheduler.submit([sample.data])[0].result()
+        prediction = judge(outcome, service.metadata, index=0, filename=None, top_k=1)
+        answers[sample.data] = (prediction["label"], prediction["confidence"])
+    return answers
+
+
+def read(output: Path, kind: str) -> list[dict[str, object]]:
+    return parquet.read_table(output / kind).to_pylist()
+
+
+def compute(output: Path, job: JobDescription, service: Service) -> dict[int, object]:
+    shards = Shards.open(Place(str(output)), job)
+    numbers = np.arange(len(shards.rows))
+    rows = compute_shards({"shard": numbers}, output=str(output), job=job, settings=service.settings)["rows"]
+    results = shards.results()
+    assert rows.tolist() == [results[shard].rows for shard in numbers]
+    return results
+
+
+def folder_job(folder: Path, service: Service, **changes: object) -> JobDescription:
+    values = {"format": "images", "image_column": "image", "id_column": None, "shard_size": 4, "model_sha256": service.sha256}
+    return JobDescription(input=str(folder), **(values | changes))
+
+
+def test_every_file_of_a_folder_is_classified_or_rejected_with_its_reason(service, samples, expected, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    good = {f"deep/{i}.webp": sample.data for i, sample in enumerate(samples[:7])}
+    bad = {
+        "a.txt": b"text",
+        "cut.webp": samples[0].data[:300],
+        "large.png": bytes(service.settings.max_body_bytes + 1),
+        "gone.png": b"",
+    }
+    for name, data in (good | bad).items():
+        (folder / name).write_bytes(data)
+    job = folder_job(folder, service)
+    shards = Shards.open(Place(str(output)), job)
+    (folder / "gone.png").unlink()
+    results = compute(output, job, service)
+    assert [len(shards.pieces(shard)) for shard in range(len(shards.rows))] == [4, 4, 3]
+    assert sum(result.rows for result in results.values()) == 11
+    assert {row["id"]: (row["label"], pytest.approx(row["confidence"])) for row in read(output, "classified")} == {
+        name: (expected[data][0], pytest.approx(expected[data][1], abs=1e-4)) for name, data in good.items()
+    }
+    assert {row["id"]: row["code"] for row in read(output, "rejected")} == {
+        "a.txt": "unsupported_image", "cut.webp": "undecodable_image", "large.png": "body_too_large", "gone.png": "unreadable"
+    }  # fmt: skip
+
+
+def test_a_second_run_computes_only_what_is_missing_damaged_or_could_not_be_read(service, samples, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i, sample in enumerate(samples[:16]):
+        (folder / f"{i:02}.webp").write_bytes(sample.data)
+    job = folder_job(folder, service)
+    compute(output, job, service)
+    (output / "classified" / "shard-000001.parquet").write_bytes(b"PAR1")
+    (output / "rejected" / "shard-000002.parquet").unlink()
+    (output / "classified" / "shard-000003.parquet").write_bytes(
+        (output / "classified" / "shard-000000.parquet").read_bytes()[:-9]
+    )
+    assert set(Shards(Place(str(output))).results()) == {0}
+
+
+def test_the_engine_of_a_node_with_another_model_file_does_not_answer(service):
+    with pytest.raises(StartupError, match="is not the driver's"):
+        engine(service.settings, "0" * 64)
+
+
+def test_rows_of_parquet_keep_their_ids_and_row_groups_their_shards(service, samples, expected, tmp_path):
+    data = [*(sample.data for sample in samples[:5]), *BROKEN]
+    ids = list(range(100, 100 + len(data)))
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pa.table({"key": ids, "picture": data}), tmp_path / "in" / "a.parquet", row_group_size=3)
+    nested = pa.table({"key": ids, "picture": [{"bytes": image, "path": "x"} for image in data]})
+    parquet.write_table(nested, tmp_path / "in" / "b.parquet", row_group_size=5)
+    job = folder_job(tmp_path / "in", service, format="parquet", image_column="picture", id_column="key")
+    results = compute(tmp_path / "out", job, service)
+    assert [results[shard].rows for shard in range(3)] == [6, 7, 3]
+    rows = read(tmp_path / "out", "classified")
+    assert Counter((row["id"], row["label"]) for row in rows) == Counter({(ids[i], expected[data[i]][0]): 2 for i in range(5)})
+    rejected = Counter((row["id"], row["code"]) for row in read(tmp_path / "out", "rejected"))
+    assert rejected == Counter({(105 + i, code): 2 for i, code in enumerate(BROKEN.values())})
+
+    unnamed = folder_job(tmp_path / "in", service, format="parquet", image_column="picture")
+    compute(tmp_path / "unnamed", unnamed, service)
+    both = read(tmp_path / "unnamed", "classified") + read(tmp_path / "unnamed", "rejected")
+    assert {row["id"] for row in both} == {f"{name}.parquet#{row}" for name in "ab" for row in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_sha256": "0" * 64}, "holds another job"),
+        ({"input": "nowhere"}, "holds no image file"),
+        ({"input": "gopher://x"}, "no path or URI"),
+        ({"format": "parquet"}, "holds no .parquet file"),
+    ],
+)
+def test_a_job_that_cannot_be_done_says_why(service, samples, tmp_path, change, message):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.webp").write_bytes(samples[0].data)
+    output = Place(str(tmp_path / "out"))
+    if "model_sha256" in change:
+        Shards.open(output, folder_job(folder, service))
+    with pytest.raises(StartupError, match=message):
+        Shards.open(output, JobDescription(**(vars(folder_job(folder, service)) | change)))
+
+
+@pytest.mark.parametrize(("column", "message"), [("nothing", "no column 'nothing'"), ("key", "must hold encoded images")])
+def test_a_wrong_column_is_named_before_anything_runs(service, tmp_path, column, message):
+    parquet.write_table(pa.table({"key": [1], "image": [b"x"]}), tmp_path / "a.parquet")
+    job = folder_job(tmp_path, service, format="parquet", image_column=column)
+    with pytest.raises(StartupError, match=message):
+        Shards.open(Place(str(tmp_path / "out")), job)
+
+
+def test_a_run_of_a_finished_job_counts_its_output_and_starts_no_cluster(service, samples, tmp_path, monkeypatch, capsys):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i, data in enumerate([samples[0].data, samples[1].data, b"broken"]):
+        (folder / f"{i}.webp").write_bytes(data)
+    compute(output, folder_job(folder, service), service)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    command = ["classify_dataset", "--input", str(folder), "--output", str(output), "--shard-size"]
+    monkeypatch.setattr(sys, "argv", [*command, "4"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        classify_dataset.main()
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["classified"], summary["rejected"]) == (3, 2, {"unsupported_image": 1})
+    assert summary["this_run"]["shards"] == 0
+    monkeypatch.setattr(sys, "argv", [*command, "5"])
+    with pytest.raises(SystemExit, match=r"error: .* holds another job .*shard_size=4"):
+        classify_dataset.main()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    give_up = time.monotonic() + GIVE_UP_S
+    while not condition():
+        assert process.poll() is None, "the process has ended"
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    """A head and a second node, each with one CPU, on loopback only; RAY_ADDRESS names it."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # names of Unix sockets must be short
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_TMPDIR": folder,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }.items():
+            patch.setenv(name, value)
+        coverage = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_PROCESS")}
+        from ray.cluster_utils import Cluster
+
+        quick = {"health_check_period_ms": 1000, "health_check_initial_delay_ms": 1000}
+        few = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True, "node_ip_address": "127.0.0.1"}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": quick, **few})
+        cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        os.environ.update(coverage)  # Ray's own processes are a dozen, and would take twice as long to start
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+        cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_node(node: object) -> None:
+    """What a machine that loses power does: the node's daemon and all of its workers are gone at once."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+    for pid in [raylet, *map(int, children)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_driver_and_a_killed_node_lose_nothing_and_double_nothing(cluster, samples, expected, tmp_path):
+    data = [*(sample.data for sample in samples * REPEATS), *BROKEN]
+    (tmp_path / "in").mkdir()
+    table = pa.table({"key": range(len(data)), "image": data})
+    parquet.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=50)
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "app.ray.classify_dataset", "--input", str(tmp_path / "in"), "--output", str(output)]
+    command += ["--format", "parquet", "--id-column", "key", "--shard-size", "50"]
+    total = len(data) // 50 + 1
+
+    def written() -> set[Path]:
+        return set((output / "classified").glob("*.parquet"))
+
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(written()) >= 3, driver)
+    driver.kill()
+    driver.communicate()
+    first = Shards(Place(str(output))).results()
+    assert 3 <= len(first) < total
+
+    done = {shard: (output / "classified" / f"shard-{shard:06d}.parquet").stat().st_mtime_ns for shard in first}
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len(written()) >= len(first) + 3, driver)
+    kill_node(next(iter(cluster.worker_nodes)))
+    assert len(written()) < total, "too late: make the data set larger"
+    stdout, stderr = driver.communicate(timeout=GIVE_UP_S)
+    assert driver.returncode == 0, stderr
+
+    summary = json.loads(stdout)
+    assert summary == json.loads((output / "summary.json").read_text())
+    assert (summary["images"], summary["classified"]) == (len(data), len(data) - len(BROKEN))
+    assert summary["rejected"] == Counter(BROKEN.values())
+    assert summary["this_run"]["shards"] == total - len(first)
+    assert {shard: (output / "classified" / f"shard-{shard:06d}.parquet").stat().st_mtime_ns for shard in first} == done
+    classified = {row["id"]: (row["label"], row["confidence"]) for row in read(output, "classified")}
+    assert len(read(output, "classified")) == len(classified) == len(data) - len(BROKEN)
+    wanted = {
+        i: (expected[image][0], pytest.approx(expected[image][1], abs=1e-4)) for i, image in enumerate(data[: -len(BROKEN)])
+    }
+    assert classified == wanted
+    assert {row["id"]: row["code"] for row in read(output, "rejected")} == {
+        len(data) - len(BROKEN) + i: code for i, code in enumerate(BROKEN.values())
+    }
+    assert not [path for path in output.rglob("*") if path.suffix == ".unfinished"]
+
+
+@pytest.fixture(scope="module")
+def serve_url(cluster, repository, tmp_path_factory) -> Iterator[str]:
+    """The shipped configuration on a free port, with a replica of one CPU and a short queue."""
+    config = yaml.safe_load((repository / "deploy" / "ray" / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = free_port()
+    options = config["applications"][0]["deployments"][0]["ray_actor_options"]
+    options |= {"num_cpus": 1, "runtime_env": {"env_vars": {"CONVMIXER_MAX_QUEUE": str(MAX_QUEUE)}}}
+    config["proxy_location"] = "HeadOnly"
+    path = tmp_path_factory.mktemp("serve") / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(path)]
+    with (path.parent / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=repository)
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+
+    def is_ready() -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{url}/readyz").status_code == 200
+        return False
+
+    try:
+        wait_until(is_ready, process)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(GIVE_UP_S)
+
+
+def test_serve_answers_as_the_server_does(serve_url, client, samples):
+    with httpx.Client(base_url=serve_url, timeout=60) as replica:
+        for sample in samples[::50]:
+            headers = {"Content-Type": "image/webp", "X-Request-ID": "mine"}
+            answers = [c.post("/classify?top_k=2", content=sample.data, headers=headers) for c in (client, replica)]
+            assert [answer.status_code for answer in answers] == [200, 200]
+            direct, ours = (answer.json() for answer in answers)
+            assert ours["predictions"][0]["confidence"] == pytest.approx(direct["predictions"][0]["confidence"], abs=1e-4)
+            assert ours["predictions"][0]["label"] == direct["predictions"][0]["label"]
+            assert (ours["model"], ours["request_id"]) == (direct["model"], "mine")
+            assert answers[1].headers["x-request-id"] == "mine"
+            assert "infer" in answers[1].headers["server-timing"]
+        forms = [c.post("/classify", files=[("images", s.data) for s in samples[:3]]).json() for c in (client, replica)]
+        assert [p["label"] for p in forms[0]["predictions"]] == [p["label"] for p in forms[1]["predictions"]]
+        for body, content_type in [(b"not an image", "image/png"), (samples[0].data[:200], "image/webp"), (b"x", "text/plain")]:
+            headers = {"Content-Type": content_type, "X-Request-ID": "mine"}
+            direct, ours = (c.post("/classify", content=body, headers=headers) for c in (client, replica))
+            assert (ours.status_code, ours.json()) == (direct.status_code, direct.json())
+            assert ours.headers["content-type"] == "application/problem+json"
+        assert replica.get("/readyz").json() == replica.get("/livez").json() == client.get("/readyz").json()
+        card = replica.get("/model").json()
+        assert (card["sha256"], card["workers"]) == (client.get("/model").json()["sha256"], 1)
+        assert 'convmixer_requests_total{status="200"}' in replica.get("/metrics").text
+
+
+def test_a_replica_refuses_with_its_own_503(serve_url, samples):
+    files = [("images", sample.data) for sample in samples[: MAX_QUEUE + 1]]
+    answer = httpx.post(f"{serve_url}/classify", files=files)
+    assert (answer.status_code, answer.json()["code"]) == (503, "overloaded")
+    assert int(answer.headers["retry-after"]) >= 1
