@@ -1,4 +1,4 @@
-"""Any bytes get a clean answer: mutated images, forms, JSON, queries, headers and whole requests."""
+"""Any bytes get a clean answer: mutated images, forms, JSON, tensors, queries, headers and whole requests."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ class Mutator:
         """One whole request, closing its connection."""
         picture = self.random.choice(self.corpus)
         return self.random.choices(
-            [self._raw, self._form, self._json, self._parameters, self._wire], weights=[60, 12, 12, 6, 10]
+            [self._raw, self._form, self._json, self._open_inference, self._parameters, self._wire],
+            weights=[50, 10, 10, 15, 5, 10],
         )[0](picture)
 
     def _raw(self, picture: bytes) -> bytes:
@@ -136,6 +137,35 @@ class Mutator:
         whole = json.dumps({"images": texts}).encode()
         body = self.damage(whole) if self.random.random() < 0.5 else whole
         return post(body, "application/json", close=True)
+
+    def _open_inference(self, picture: bytes) -> bytes:
+        """Files or pixels, as JSON or as bytes behind it, compressed or not; one of the parts damaged."""
+        size = self.random.choice([1, 2])
+        pixels, files = bytes(size * 32 * 32 * 3), (struct.pack("<I", len(picture)) + picture) * size
+        wanted: dict[str, object] = {"name": "images", "shape": [size, 32, 32, 3], "datatype": "UINT8"}
+        data = pixels
+        if self.random.random() < 0.5:
+            wanted, data = {"name": "encoded_images", "shape": [size], "datatype": "BYTES"}, files
+        document = {"id": "1", "inputs": [wanted], "outputs": [{"name": "logits"}, {"name": "class_maps"}]}
+        headers = []
+        if self.random.random() < 0.7:
+            wanted["parameters"] = {"binary_data_size": len(data)}
+            head = json.dumps(document).encode()
+            length = len(head)
+            if self.random.random() < 0.5:
+                head = self.damage(head)
+            else:
+                data = self.damage(data)
+            headers.append(f"Inference-Header-Content-Length: {length}")
+            body = head + data
+        else:
+            wanted["data"] = [0] * len(pixels) if data is pixels else [base64.b64encode(picture).decode()] * size
+            body = self.damage(json.dumps(document).encode())
+        if self.random.random() < 0.3:
+            body = zlib.compress(body)
+            headers.append("Content-Encoding: deflate")
+            body = self.damage(body) if self.random.random() < 0.3 else body
+        return post(body, "application/octet-stream", *headers, path="/v2/models/fast/infer", close=True)
 
     def _parameters(self, picture: bytes) -> bytes:
         value = self.random.choice(["0", "-1", "1e9", "9" * 400, "%00", "true", "é".encode().hex(), "1&top_k=2", ""])
@@ -155,7 +185,7 @@ async def _attack(port: int, next_input: Callable[[], bytes | None], tally: Coun
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(wire)
-                if not wire.startswith(b"POST /classify"):
+                if not wire.startswith((b"POST /classify", b"POST /v2/")):
                     writer.write_eof()  # the head is damaged: the server may still wait for the rest of it
                 status, _, body = await asyncio.wait_for(read_answer(reader), 30)
                 if status and status not in _ALLOWED:
