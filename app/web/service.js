@@ -83,8 +83,10 @@ async function failureOf(response) {
 }
 
 // Server-Timing (W3C): `decode;dur=0.31, queue;dur=0.02` becomes [["decode", 0.31], ["queue", 0.02]].
+// The server's own total is left out: what the browser saw is shown in its place.
 function serverTimings(header) {
-  return [...header.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, stage, ms]) => [stage, Number(ms)]);
+  const timings = [...header.matchAll(/(\w+);dur=([\d.]+)/g)].map(([, stage, ms]) => [stage, Number(ms)]);
+  return timings.filter(([stage]) => stage !== "total");
 }
 
 function pause(ms, signal) {

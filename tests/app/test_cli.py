@@ -178,7 +178,7 @@ def test_ctrl_c_ends_it_with_whole_rows(samples, server, base_url, tmp_path):
     endless.write_text("".join(f"{sample.path}\n" for sample in samples) * 500)
     options = ["--url", base_url] if server else []
     process = subprocess.Popen(
-        command("classify", "--files-from", endless, *options),
+        ["env", "--default-signal=INT", *command("classify", "--files-from", endless, *options)],  # ignored in a background job
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,

@@ -221,7 +221,7 @@ def test_black_and_white_pixels_are_the_ends_of_the_range(random_net: Callable[.
     net = random_net(patch_size=2)
     with torch.inference_mode():
         black, white = (net(torch.full((1, 3, 8, 8), value)) for value in (-1.0, 1.0))
-        logits, _ = Servable(net, [0.5] * 3, [0.5] * 3)(
+        logits, *_ = Servable(net, torch.ones(10, 16), [0.5] * 3, [0.5] * 3)(
             torch.stack([torch.full((8, 8, 3), value, dtype=torch.uint8) for value in (0, 255)])
         )
     torch.testing.assert_close(logits, torch.cat([black, white]), atol=1e-5, rtol=1e-5)
