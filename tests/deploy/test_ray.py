@@ -304,7 +304,8 @@ def serve_url(cluster, repository, tmp_path_factory) -> Iterator[str]:
     config["proxy_location"] = "HeadOnly"
     path = tmp_path_factory.mktemp("serve") / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(path)]
+    interruptible = ["env", "--default-signal=INT"]  # a background job would ignore it
+    command = [*interruptible, sys.executable, "-m", "ray.serve.scripts", "run", str(path)]
     with (path.parent / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=repository)
     url = f"http://127.0.0.1:{config['http_options']['port']}"

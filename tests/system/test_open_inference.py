@@ -39,6 +39,11 @@ def oip(base_url):
 
 
 @pytest.fixture(scope="module")
+def version(client) -> str:
+    return client.get("/model").json()["version"]
+
+
+@pytest.fixture(scope="module")
 def tight():
     """Every limit low, and keys."""
     limits = {"max_images": 3, "max_queue": 2, "max_body_bytes": 60_000, "max_held_bytes": 100_000, "receive_timeout_s": 1}
@@ -95,8 +100,7 @@ def error_of(response: httpx.Response) -> str:
     return body["error"]
 
 
-def test_health_metadata_and_configuration(oip, client, classes):
-    version = client.get("/model").json()["version"]
+def test_health_metadata_and_configuration(oip, client, version, classes):
     assert oip.is_server_live()
     assert oip.is_server_ready()
     assert oip.is_model_ready("fast")
@@ -143,7 +147,7 @@ def test_both_inputs_give_the_classes_of_classify(oip, client, samples, pixels, 
 
 @pytest.mark.parametrize("binary_input", [True, False])
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
-def test_every_way_to_send_and_to_receive_gives_the_same(oip, client, pixels, binary_input, compression):
+def test_every_way_to_send_and_to_receive_gives_the_same(oip, client, version, pixels, binary_input, compression):
     temperature = client.get("/model").json()["metadata"]["temperature"]
     outputs = [
         triton.InferRequestedOutput("class_maps"),
@@ -153,7 +157,7 @@ def test_every_way_to_send_and_to_receive_gives_the_same(oip, client, pixels, bi
     coding = {"request_compression_algorithm": compression, "response_compression_algorithm": compression}
     some = pixels[:3]
     result = oip.infer("fast", [image_input(some, binary=binary_input)], outputs=outputs, request_id="one", **coding)
-    plain = oip.infer("fast", [image_input(some)], model_version="1.1.0")
+    plain = oip.infer("fast", [image_input(some)], model_version=version)
     assert result.get_response()["id"] == "one"
     assert "id" not in plain.get_response()
     assert [o["name"] for o in result.get_response()["outputs"]] == ["class_maps", "logits", "probabilities"]
@@ -185,11 +189,11 @@ def test_classification_labels_the_best(oip, pixels, classes):
     assert result.get_output("probabilities")["datatype"] == "BYTES"
 
 
-def test_the_asyncio_client(base_url, pixels, files):
+def test_the_asyncio_client(base_url, version, pixels, files):
     async def talk() -> None:
         async with triton_aio.InferenceServerClient(urlsplit(base_url).netloc) as oip:
             assert await oip.is_server_live()
-            assert await oip.is_model_ready("fast", "1.1.0")
+            assert await oip.is_model_ready("fast", version)
             assert (await oip.get_model_metadata("fast"))["name"] == "fast"
             assert (await oip.get_model_config("fast"))["name"] == "fast"
             inputs = [image_input(pixels[i : i + 2], kind=triton_aio) for i in range(8)]
@@ -208,7 +212,7 @@ def test_the_asyncio_client(base_url, pixels, files):
     asyncio.run(talk())
 
 
-def test_statistics_count_what_happened(counting, pixels, files):
+def test_statistics_count_what_happened(counting, version, pixels, files):
     with triton.InferenceServerClient(urlsplit(counting).netloc) as oip:
         idle = oip.get_inference_statistics()["model_stats"][0]
         assert (idle["inference_count"], idle["execution_count"], idle["last_inference"], idle["batch_stats"]) == (0, 0, 0, [])
@@ -217,7 +221,7 @@ def test_statistics_count_what_happened(counting, pixels, files):
         with pytest.raises(InferenceServerException):
             oip.infer("fast", [image_input(pixels[:1, :16])])
         httpx.post(f"{counting}/classify", content=files[0])
-        (counted,) = oip.get_inference_statistics("fast", "1.1.0")["model_stats"]
+        (counted,) = oip.get_inference_statistics("fast", version)["model_stats"]
     spent = counted["inference_stats"]
     assert {name: s["count"] for name, s in spent.items()} == {
         **dict.fromkeys(("success", "queue", "compute_input", "compute_infer", "compute_output"), 2),
