@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 from fastapi import FastAPI
-from prometheus_client import start_http_server
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
@@ -16,7 +15,7 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.processes import tell_metrics
+from app.processes import serve_metrics, tell_metrics
 from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
 from app.service import Service
 from app.settings import Settings
@@ -46,14 +45,16 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         try:
             service = Service(settings)
             service.siblings = siblings
-            close_metrics = _serve_metrics(settings, service)
+            # with siblings it is their parent's
+            close_metrics = None if siblings else serve_metrics(settings, service.metrics.registry)
             close_traces = _watch(settings, service)
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
         async with tell_metrics(siblings, service.metrics.registry) if siblings else nullcontext():
             yield {"service": service}
-        close_metrics()
+        if close_metrics:
+            close_metrics()
         await run_in_threadpool(service.close)
         await run_in_threadpool(close_traces)
 
@@ -85,22 +86,6 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         answer_failure=problems.answer_failure,
         on_response=_tell,
     )
-
-
-def _serve_metrics(settings: Settings, service: Service) -> Callable[[], None]:
-    """Opens the metrics' own port if there is one; returns what closes it."""
-    if settings.metrics_port is None or settings.processes > 1:
-        return lambda: None
-    try:
-        server, thread = start_http_server(settings.metrics_port, settings.host, service.metrics.registry)
-    except OSError as error:
-        raise StartupError(f"CONVMIXER_METRICS_PORT={settings.metrics_port}: {error.strerror}") from error
-
-    def close() -> None:
-        server.shutdown()
-        thread.join()
-
-    return close
 
 
 def _watch(settings: Settings, service: Service) -> Callable[[], None]:

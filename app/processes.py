@@ -69,7 +69,9 @@ def supervise(settings: Settings, command: Sequence[str]) -> int:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
 
-        close_metrics = _serve_metrics(settings, Path(folder))
+        everybody = CollectorRegistry()
+        everybody.register(Siblings(Path(folder)))
+        close_metrics = serve_metrics(settings, everybody)
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
         for _ in range(settings.processes):
@@ -175,11 +177,14 @@ def _bind(settings: Settings) -> socket.socket:
     return bound
 
 
-def _serve_metrics(settings: Settings, folder: Path) -> Callable[[], None]:
+def serve_metrics(settings: Settings, registry: CollectorRegistry) -> Callable[[], None]:
+    """Opens the metrics' own port (`CONVMIXER_METRICS_PORT`); returns what closes it.
+
+    Raises:
+        StartupError: the port cannot be opened.
+    """
     if settings.metrics_port is None:
         return lambda: None
-    registry = CollectorRegistry()
-    registry.register(Siblings(folder))
     try:
         server, thread = start_http_server(settings.metrics_port, settings.host, registry)
     except OSError as error:
