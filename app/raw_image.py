@@ -7,14 +7,17 @@ what to say (docs/decisions/0005-around-the-framework.md).
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import to_json
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app.api.classify import RAW_TYPES, Wanted
-from app.api.problems import defect_response, problem_response
+from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
 from app.engine.scheduler import Outcome, Timing
 from app.errors import CLIENT_LEFT, DeadlineExceeded, ServiceError
 from app.protection import choose_request_id
@@ -28,11 +31,31 @@ _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
 _MAX_DIGITS = 3
 """Longer numbers are the route's business."""
+_LONGEST_LENGTH = 12
 _UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding", b"origin"))
 
 
-def match(protocol: Protocol) -> RawImageRequest | None:
-    """The request whose headers have come, as one raw image with simple parameters; None if it is something else."""
+_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: ?(\d+)(?=\r\n)", re.IGNORECASE)
+
+
+class Head(NamedTuple):
+    """What a request's head says, if it asks for one raw image with simple parameters.
+
+    Attributes:
+        wanted: the request's parameters.
+        request_id: the client's, as sent.
+        keep_alive: whether the client may send another request.
+        headers: all, names in lower case.
+    """
+
+    wanted: Wanted
+    request_id: bytes
+    keep_alive: bool
+    headers: list[tuple[bytes, bytes]]
+
+
+def match(protocol: Protocol) -> Head | None:
+    """The head that has come, or None if it asks for something else."""
     path, _, query = protocol.url.partition(b"?")
     if path != b"/classify" or protocol.parser.get_method() != b"POST" or protocol.flow.write_paused:
         return None
@@ -53,9 +76,48 @@ def match(protocol: Protocol) -> RawImageRequest | None:
     if not is_raw or not 0 < length <= protocol.settings.max_body_bytes or not protocol.service.keys.admit(protocol.headers):
         return None
     wanted = _wanted(query, deadline_ms)
-    if wanted is None:
-        return None
-    return RawImageRequest(protocol, wanted, choose_request_id(request_id), protocol.parser.should_keep_alive())
+    return Head(wanted, request_id, protocol.parser.should_keep_alive(), protocol.headers) if wanted else None
+
+
+class RepeatedHead:
+    """A head that has come before on this connection.
+
+    A request that differs from it in nothing but the image and its length needs no parser, whose calls back into Python
+    cost as much as all else in the event loop.
+
+    Args:
+        before: its bytes up to the length.
+        after: those behind it, to the image's first.
+        head: what the parser made of it.
+        max_body_bytes: largest image.
+    """
+
+    __slots__ = ("_after", "_before", "_max_body_bytes", "head")
+
+    def __init__(self, before: bytes, after: bytes, head: Head, max_body_bytes: int) -> None:
+        self._before, self._after, self.head, self._max_body_bytes = before, after, head, max_body_bytes
+
+    @classmethod
+    def learn(cls, data: bytes, request: RawImageRequest) -> RepeatedHead | None:
+        """From what came in one piece, if that was this request and nothing else."""
+        end = data.find(b"\r\n\r\n") + 4
+        lengths = list(_CONTENT_LENGTH.finditer(data, 0, end))
+        if len(lengths) != 1 or len(data) - end != request.received:
+            return None
+        first, last = lengths[0].span(1)
+        return cls(data[:first], data[last:end], request.head, request.protocol.settings.max_body_bytes)
+
+    def image(self, data: bytes) -> bytes | None:
+        """The image, if this is one whole request with the same head; else None: it is the parser's business."""
+        if not data.startswith(self._before):
+            return None
+        first = len(self._before)
+        last = data.find(b"\r", first, first + _LONGEST_LENGTH)
+        length = data[first:last]
+        if last < 0 or not length.isdigit() or not data.startswith(self._after, last):
+            return None
+        image = data[last + len(self._after) :]
+        return image if 0 < len(image) == int(length) <= self._max_body_bytes else None
 
 
 class RawImageRequest:
@@ -65,9 +127,10 @@ class RawImageRequest:
 
     Args:
         protocol: the connection.
-        wanted: the request's parameters.
-        request_id: for the answer.
-        keep_alive: whether the client may send another request.
+        head: what was asked.
+
+    Attributes:
+        received: bytes of the image so far.
     """
 
     __slots__ = (
@@ -75,7 +138,7 @@ class RawImageRequest:
         "body",
         "disconnected",
         "future",
-        "headers",
+        "head",
         "keep_alive",
         "message_event",
         "more_body",
@@ -84,12 +147,11 @@ class RawImageRequest:
         "request_id",
         "response_complete",
         "response_started",
-        "wanted",
     )
 
-    def __init__(self, protocol: Protocol, wanted: Wanted, request_id: str, keep_alive: bool) -> None:
-        self.protocol, self.wanted, self.request_id, self.keep_alive = protocol, wanted, request_id, keep_alive
-        self.begin, self.headers = protocol.active, protocol.headers
+    def __init__(self, protocol: Protocol, head: Head) -> None:
+        self.protocol, self.head, self.begin = protocol, head, protocol.active
+        self.request_id, self.keep_alive = choose_request_id(head.request_id), head.keep_alive
         self.body: bytes | bytearray = b""  # not a list of pieces: each of a million tiny ones would weigh 40 bytes more
         self.received = 0
         self.more_body, self.disconnected = True, False
@@ -130,11 +192,13 @@ class RawImageRequest:
 
     def _begin(self) -> None:
         image, self.body = bytes(self.body), b""
-        timeout_s = self.wanted.deadline_ms / 1000 - (time.monotonic() - self.begin)
+        timeout_s = self.head.wanted.deadline_ms / 1000 - (time.monotonic() - self.begin)
         try:
             if timeout_s <= 0:
                 raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
-            (self.future,) = self.protocol.service.scheduler.submit([image], explain=self.wanted.explain, timeout_s=timeout_s)
+            (self.future,) = self.protocol.service.scheduler.submit(
+                [image], explain=self.head.wanted.explain, timeout_s=timeout_s
+            )
         except Exception as error:
             self.fail(error)
             return
@@ -156,7 +220,7 @@ class RawImageRequest:
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service
         metadata = service.metadata
-        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.wanted.top_k)]
+        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.head.wanted.top_k)]
         body = to_json(
             {
                 "model": {"name": metadata.name, "version": metadata.version},
@@ -164,21 +228,8 @@ class RawImageRequest:
                 "request_id": self.request_id,
             }
         )
-        headers = b"".join([b"%s: %s\r\n" % header for header in self.protocol.server_state.default_headers])
         seconds = time.monotonic() - self.begin
-        self.response_started = True
-        self.protocol.transport.write(
-            b"HTTP/1.1 200 OK\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nserver-timing: %b\r\n"
-            b"x-request-id: %b\r\n%b\r\n%b"
-            % (
-                headers,
-                len(body),
-                server_timing((outcome.timing,), seconds).encode(),
-                self.request_id.encode(),
-                b"" if self.keep_alive else b"connection: close\r\n",
-                body,
-            )
-        )
+        self._write(HTTPStatus.OK, "application/json", body, {"Server-Timing": server_timing((outcome.timing,), seconds)})
         service.metrics.observe_answer(seconds, predictions)
         self._complete(200, len(body), (outcome.timing,))
 
@@ -192,17 +243,32 @@ class RawImageRequest:
         self.keep_alive = self.keep_alive and keep_alive
         timings: tuple[Timing, ...] = ()
         if isinstance(error, ServiceError):
-            code, reason = error.code, error.reason
+            status, code, reason = error.status, error.code, error.reason
             timings = (error.timing,) if error.timing else ()
-            timing = server_timing(timings, time.monotonic() - self.begin)
-            response = problem_response("/classify", error, self.request_id, timing=timing)
+            body, headers = problem_body(status, code, error.detail, self.request_id), problem_headers(error)
+            headers["Server-Timing"] = server_timing(timings, time.monotonic() - self.begin)
         else:
-            code, reason = ServiceError.code, None
-            response = defect_response("/classify", error, self.request_id)
-        self.response_started = True
-        self.protocol.write(response, self.request_id, keep_alive=self.keep_alive)
+            status, code, reason = ServiceError.status, ServiceError.code, None
+            body, headers = bytes(defect_response("/classify", error, self.request_id).body), {}
+        self._write(status, MEDIA_TYPE, body, headers)
         self.protocol.service.metrics.count_failure(code, reason)
-        self._complete(response.status_code, len(response.body), timings, code, error)
+        self._complete(status, len(body), timings, code, error)
+
+    def _write(self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str]) -> None:
+        self.response_started = True
+        self.protocol.transport.write(
+            b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
+            % (
+                STATUS_LINE[status],
+                b"".join([b"%b: %b\r\n" % header for header in self.protocol.server_state.default_headers]),
+                media_type.encode(),
+                len(body),
+                "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
+                self.request_id.encode(),
+                b"" if self.keep_alive else b"connection: close\r\n",
+                body,
+            )
+        )
 
     def _complete(
         self,
@@ -231,7 +297,7 @@ class RawImageRequest:
         service.bodies.give_back(self.received)
         service.metrics.count_request(status)
         if service.watchers:
-            exchange = Exchange("POST", "/classify", self.protocol.client, self.headers, self.request_id, self.begin)
+            exchange = Exchange("POST", "/classify", self.protocol.client, self.head.headers, self.request_id, self.begin)
             exchange.route, exchange.timings, exchange.code, exchange.error = exchange.path, timings, code, error
             exchange.finish(status, sent_bytes)
             service.tell(exchange)

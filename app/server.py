@@ -14,10 +14,13 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING, Any, cast
+from collections import OrderedDict
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -42,6 +45,9 @@ MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
+
+_LOOKS = 64
+"""Connections looked at for one that may be closed to make room."""
 
 _STARTUP_FAILURE = 3
 """Exit code, as uvicorn's own."""
@@ -119,8 +125,11 @@ class Protocol(HttpToolsProtocol):
 
     Attributes:
         receive_by: time.monotonic() at which the request that is arriving must be complete; None while none is.
-        active: time.monotonic() at which something last arrived.
+        active: time.monotonic() at which something last arrived, or an answer was written.
+        idle: the connections of this process that wait for their clients; the longest waiting first.
     """
+
+    idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
@@ -130,7 +139,9 @@ class Protocol(HttpToolsProtocol):
         self.receive_by: float | None = None
         self.active = time.monotonic()
         self._raw: raw_image.RawImageRequest | None = None
+        self._repeated: raw_image.RepeatedHead | None = None
         self._running: RequestResponseCycle | raw_image.RawImageRequest | None = None
+        self._between = True  # nothing of a request has come since the last one's end
         self._in_headers = True
         self._header_bytes = 0  # of headers that are not complete
         self._parsed_bytes = 0
@@ -142,12 +153,26 @@ class Protocol(HttpToolsProtocol):
         full = len(self.connections) >= self.settings.max_connections
         super().connection_made(transport)
         self.receive_by = self.active + self.settings.receive_timeout_s
-        if full and not _make_room(cast("set[Protocol]", self.connections), self):
+        if full and not self._make_room():
             limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
             self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections"))
+        self.idle[self] = None
+
+    def _make_room(self) -> bool:
+        """Closes the connection that has waited longest for its client; False if none waits."""
+        for connection in list(islice(self.idle, _LOOKS)):
+            if connection.transport.is_closing():
+                del self.idle[connection]
+            elif _has_something_to_read(connection.transport):
+                self.idle.move_to_end(connection)  # its client has just sent a request: closing now would lose it
+            else:
+                connection.transport.abort()
+                return True
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
+        self.idle.pop(self, None)
         self._stop_running()
         super().connection_lost(exc)
 
@@ -156,6 +181,20 @@ class Protocol(HttpToolsProtocol):
         if self._deaf:
             return
         self.active = time.monotonic()
+        self.idle.pop(self, None)
+        whole = self._between and (self.cycle is None or self.cycle.response_complete)
+        image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
+        if self._repeated and image is not None:
+            self._start_raw(self._repeated.head).receive(image)
+            super().on_message_complete()
+        else:
+            self._parse(data)
+            if whole and self._between and self._raw and self._raw.begin == self.active and not self._repeated:
+                self._repeated = raw_image.RepeatedHead.learn(data, self._raw)
+        if not self._between or self.cycle is None or self.cycle.response_complete:
+            self.idle[self] = None
+
+    def _parse(self, data: bytes) -> None:
         if self.receive_by is None:
             self.receive_by = self.active + self.settings.receive_timeout_s
         if self._in_headers:
@@ -167,6 +206,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
         super().on_message_begin()
+        self._between = False
         self._in_headers = True
         self._parsed_bytes = 0
 
@@ -187,11 +227,17 @@ class Protocol(HttpToolsProtocol):
         if self._deaf:
             return
         self._in_headers, self._header_bytes = False, 0
-        self._raw = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
-        if self._raw:
-            self.cycle = self._running = self._raw  # type: ignore[assignment]
+        head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
+        if head:
+            self._start_raw(head)
         else:
+            self._raw = None
             super().on_headers_complete()
+
+    def _start_raw(self, head: raw_image.Head) -> raw_image.RawImageRequest:
+        self._raw = raw_image.RawImageRequest(self, head)
+        self.cycle = self._running = self._raw  # type: ignore[assignment]
+        return self._raw
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -210,16 +256,28 @@ class Protocol(HttpToolsProtocol):
         """A request's last byte."""
         if self._deaf:
             return
-        self.receive_by, self._in_headers = None, True
+        self.receive_by, self._in_headers, self._between = None, True, True
         if self.cycle is not None:
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer was written. uvicorn's own would set a timer for each; `enforce_deadlines` closes what is idle."""
+        self.server_state.total_requests += 1
+        self.active = time.monotonic()
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.idle[self] = None
 
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's hook for bytes that are no HTTP."""
         self._refuse(MalformedRequest("the bytes received are no valid HTTP/1.1 request"))
 
     def enforce_deadlines(self, now: float) -> None:
-        """Ends the connection if its request should have arrived by now, or if its client does not read.
+        """Ends the connection if its request should have arrived by now, if it is idle, or if its client does not read.
 
         Args:
             now: time.monotonic().
@@ -230,9 +288,12 @@ class Protocol(HttpToolsProtocol):
                 self._cut_off()
         else:
             self._stuck_since = None
-        if self.receive_by is None or now <= self.receive_by or self.transport.is_closing():
+        if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
-        if self._in_headers and not self._header_bytes:
+        if self.receive_by is None:
+            if self in self.idle:
+                self.transport.close()
+        elif self._in_headers and not self._header_bytes:
             self.transport.close()  # nothing was asked
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
@@ -295,15 +356,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
 
 
-def _make_room(connections: set[Protocol], newest: Protocol) -> bool:
-    """Closes the connection that has waited longest for its client; False if none waits."""
-    waiting = [
-        c
-        for c in connections
-        if c is not newest
-        and not c.transport.is_closing()
-        and (c.receive_by is not None or c.cycle is None or c.cycle.response_complete)
-    ]
-    if waiting:
-        min(waiting, key=lambda connection: connection.active).transport.abort()
-    return bool(waiting)
+def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(poll.poll(0))

@@ -22,7 +22,6 @@ import uvloop
 from uvicorn.server import ServerState
 
 from app.engine.scheduler import Outcome, Scheduler, Timing
-from app.errors import Overloaded
 from app.images import DecodeLimits, decode_image
 from app.load import prepare
 from app.server import Protocol
@@ -55,18 +54,11 @@ class Kept:
 
 
 class Answering:
-    """In the scheduler's place: gives back a future that the caller resolves, or refuses."""
-
-    def __init__(self) -> None:
-        self.future: Future[Outcome] = Future()
-        self.refuse = False
+    """In the scheduler's place: gives back a future that the caller resolves."""
 
     def submit(self, images: Sequence[bytes], **_: object) -> list[Future[Outcome]]:
         """As the scheduler's."""
-        if self.refuse:
-            raise Overloaded("100 images are waiting; try again later", retry_after_s=1)
-        self.future = Future()
-        return [self.future]
+        return [Future()]
 
 
 async def measure() -> dict[str, float]:
@@ -78,8 +70,7 @@ async def measure() -> dict[str, float]:
     outcome = Outcome(service.session.infer(pixels).logits[0], None, None, (), Timing(0.0, 0.001, 0.001, 0.002, 0.005, 1))
 
     real: Scheduler = service.scheduler
-    answering = Answering()
-    service.scheduler = cast("Scheduler", answering)
+    service.scheduler = cast("Scheduler", Answering())
     protocol, transport = _connect(service)
     wire = prepare(body, "image/webp", "").wire
 
@@ -97,7 +88,6 @@ async def measure() -> dict[str, float]:
     }
     if not transport.written.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"no answer but {transport.written[:100]!r}")
-    answering.refuse = True
     predictions = [judge(outcome, service.metadata, index=0, filename=None, top_k=5)]
 
     def count() -> None:
@@ -106,10 +96,10 @@ async def measure() -> dict[str, float]:
         service.metrics.count_request(200)
 
     stages["of these: metrics"] = _time(count)
+    service.scheduler, real.max_queue = real, 0
     stages["refusal (event loop)"] = _time(lambda: protocol.data_received(wire))
     if not transport.written.startswith(b"HTTP/1.1 503"):
         raise RuntimeError(f"no refusal but {transport.written[:100]!r}")
-    service.scheduler = real
     service.close()
     return stages
 

@@ -40,12 +40,44 @@ def problem_response(
         predictions: each image's reason when several failed.
         timing: the Server-Timing header, where nobody else adds it.
     """
-    headers = {} if timing is None else {"Server-Timing": timing}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
+    headers = problem_headers(error)
+    if timing is not None:
+        headers["Server-Timing"] = timing
+    return _respond(path, error.status, error.code, error.detail, request_id, headers, predictions)
+
+
+def problem_headers(error: ServiceError) -> dict[str, str]:
+    """What the answer to this failure says in headers: when to try again, how to show a key."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return _respond(path, error.status, error.code, error.detail, request_id, headers, predictions)
+    return headers
+
+
+def problem_body(
+    status: HTTPStatus, code: str, detail: str, request_id: str, predictions: list[Prediction] | None = None
+) -> bytes:
+    """The problem document (RFC 9457), as `schemas.Problem` describes it.
+
+    Args:
+        status: of the answer.
+        code: of the failure.
+        detail: one sentence for the client.
+        request_id: for the answer.
+        predictions: each image's reason when several failed.
+    """
+    # building a model would take longer than all else in a refusal under overload
+    problem: dict[str, Any] = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": int(status),
+        "detail": detail,
+        "code": code,
+        "request_id": request_id,
+    }
+    if predictions is not None:
+        problem["predictions"] = predictions
+    return to_json(problem)
 
 
 def defect_response(path: str, error: Exception, request_id: str) -> Response:
@@ -117,15 +149,4 @@ def _respond(
 ) -> Response:
     if _OPEN_INFERENCE.match(path):
         return Response(to_json({"error": detail}), status, headers, "application/json")
-    # schemas.Problem describes it; building one would take longer than all else in a refusal under overload
-    problem: dict[str, Any] = {
-        "type": "about:blank",
-        "title": status.phrase,
-        "status": int(status),
-        "detail": detail,
-        "code": code,
-        "request_id": request_id,
-    }
-    if predictions is not None:
-        problem["predictions"] = predictions
-    return Response(to_json(problem), status, headers, MEDIA_TYPE)
+    return Response(problem_body(status, code, detail, request_id, predictions), status, headers, MEDIA_TYPE)

@@ -165,36 +165,43 @@ class Scheduler:
             NotServing: draining (503).
         """
         now = time.monotonic()
-        askers = [_Asker(now + timeout_s) for _ in images]
         with self._admission:
             if self._draining:
                 raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
-            joining: list[tuple[_Item, _Asker]] = []
-            items: list[_Item] = []
-            new: dict[_Key, _Item] = {}
-            for data, asker in zip(images, askers, strict=True):
-                key = (data, explain) if self._coalesce and isinstance(data, bytes) and len(data) <= _COALESCED_BYTES else None
-                if key is not None and (twin := self._open.get(key) or new.get(key)):
-                    joining.append((twin, asker))
-                    continue
-                items.append(_Item(data, explain, [asker], Timing(now), key))
-                if key is not None:
-                    new[key] = items[-1]
-            wait_s = self._predicted_wait_s(len(items))
-            full = self.waiting() + len(items) > self.max_queue
-            if items and (full or wait_s * _SAFETY > timeout_s):
+            keys = [self._key(data, explain) for data in images]
+            # counted before anything is made: a refusal must cost next to nothing when they come by thousands
+            count = self._count_new(keys)
+            waiting = self.waiting()
+            wait_s = self._predicted_wait_s(waiting, count)
+            full = waiting + count > self.max_queue
+            if count and (full or wait_s * _SAFETY > timeout_s):
                 raise Overloaded(
-                    f"{self.waiting()} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
+                    f"{waiting} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
                     f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
                     retry_after_s=max(1, math.ceil(wait_s)),
                     reason="queue_full" if full else "would_be_late",
                 )
-            for twin, asker in joining:
-                twin.askers.append(asker)
-            self._open |= new
-            for item in items:
+            futures = []
+            for data, key in zip(images, keys, strict=True):
+                asker = _Asker(now + timeout_s)
+                futures.append(asker.future)
+                if key is not None and (twin := self._open.get(key)):
+                    twin.askers.append(asker)
+                    continue
+                item = _Item(data, explain, [asker], Timing(now), key)
+                if key is not None:
+                    self._open[key] = item
                 self._waiting.put(item)
-        return [asker.future for asker in askers]
+        return futures
+
+    def _key(self, data: bytes | DecodedImage, explain: bool) -> _Key | None:
+        """What makes two images the same work; None if it is not looked for."""
+        return (data, explain) if self._coalesce and isinstance(data, bytes) and len(data) <= _COALESCED_BYTES else None
+
+    def _count_new(self, keys: list[_Key | None]) -> int:
+        """How many of a request's images are not in flight yet, twins among themselves counted once."""
+        known = {key for key in keys if key is not None}
+        return keys.count(None) + len(known - self._open.keys())
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -245,9 +252,8 @@ class Scheduler:
             self._waiting.put(None)  # the end of another worker; nothing comes behind it
         return item
 
-    def _predicted_wait_s(self, more: int) -> float:
+    def _predicted_wait_s(self, waiting: int, more: int) -> float:
         """Until so many more images are done; 0 while a worker is free for them."""
-        waiting = self.waiting()
         if not waiting and len(self._busy_since) + more <= self.workers:
             return 0.0
         return (waiting + len(self._busy_since) + more) * self._image_s / self.workers

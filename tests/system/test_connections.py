@@ -76,6 +76,71 @@ def test_the_connection_is_closed_when_the_client_wants_it(base_url, samples, he
     assert b"connection: close\r\n" in head
 
 
+def test_requests_of_one_head_are_told_apart_by_their_images(base_url, client, samples):
+    chosen = [samples[i] for i in (0, 70, 130, 3, 70)]
+    alone = [client.post("/classify", files={"images": s.data}).json()["predictions"][0]["label"] for s in chosen]
+    with connect(base_url) as connection:
+        received = answers(connection)
+        one_by_one = []
+        for sample in chosen:
+            connection.sendall(classify_request(sample.data))
+            one_by_one.append(next(received))
+    assert [status for status, _, _ in one_by_one] == [200] * 5
+    assert [body["predictions"][0]["label"] for _, _, body in one_by_one] == alone
+    assert len({body["request_id"] for _, _, body in one_by_one}) == 5
+
+
+def _two_lengths(data: bytes) -> bytes:
+    return classify_request(data, f"Content-Length: {len(data) + 1}")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "code"),
+    [
+        (lambda wire, data: [wire], 200, None),
+        (lambda wire, data: [wire[:20], wire[20:-100], wire[-100:]], 200, None),
+        (lambda wire, data: [wire.replace(b"Content-Length: ", b"Content-Length: 0")], 200, None),
+        (lambda wire, data: [wire.replace(b"/classify", b"/classify?top_k=0")], 422, "invalid_parameter"),
+        (lambda wire, data: [wire.replace(b"/classify", b"/unknowns")], 404, "not_found"),
+        (lambda wire, data: [wire.replace(b"Content-Length: ", b"Content-Length: -")], 400, "malformed_request"),
+        (
+            lambda wire, data: [wire.replace(b"Content-Length: ", b"Content-Length: 99999999999999999999")],
+            400,
+            "malformed_request",
+        ),
+        (lambda wire, data: [_two_lengths(data)], 400, "malformed_request"),
+        (lambda wire, data: [classify_request(b"")], 400, "malformed_request"),
+        (lambda wire, data: [classify_request(b"no image\r\n\r\nat all")], 415, "unsupported_image"),
+    ],
+)
+def test_a_head_that_came_before_vouches_for_nothing_but_itself(base_url, samples, pieces, status, code):
+    wire = classify_request(samples[0].data)
+    with connect(base_url) as connection:
+        received = answers(connection)
+        for _ in range(2):
+            connection.sendall(wire)
+            assert next(received)[0] == 200
+        for piece in pieces(classify_request(samples[70].data), samples[70].data):
+            connection.sendall(piece)
+        found, _, body = next(received)
+    assert (found, body.get("code")) == (status, code)
+
+
+def test_requests_of_one_head_may_be_pipelined_and_may_end_in_the_middle(base_url, client, samples):
+    chosen = [samples[0], samples[70], samples[130]]
+    alone = [client.post("/classify", files={"images": s.data}).json()["predictions"][0]["label"] for s in chosen]
+    first, second, third = (classify_request(s.data) for s in chosen)
+    with connect(base_url) as connection:
+        received = answers(connection)
+        connection.sendall(first)
+        labels = [next(received)[2]["predictions"][0]["label"]]
+        connection.sendall(second + third[:50])
+        labels.append(next(received)[2]["predictions"][0]["label"])
+        connection.sendall(third[50:])
+        labels.append(next(received)[2]["predictions"][0]["label"])
+    assert labels == alone
+
+
 def test_an_image_may_arrive_in_any_pieces(base_url, samples):
     wire = classify_request(samples[7].data, "Connection: close")
     with connect(base_url) as connection:
