@@ -65,7 +65,8 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         version=__version__,
         summary="Image classification with ConvMixer",
         lifespan=lifespan,
-        docs_url=None,  # `pages` has its own: FastAPI's loads its scripts from another host
+        openapi_url=None,  # `pages` has it, and /docs, for which FastAPI loads scripts from another host
+        docs_url=None,
         redoc_url=None,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )

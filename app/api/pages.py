@@ -1,4 +1,4 @@
-"""The pages for people: `/` to try the model, `/card` to read about it, `/docs` for the API, and their files in `/web`.
+"""The pages: `/` to try the model, `/card` to read about it, `/docs` and `/openapi.json` for the API, and their files in `/web`.
 
 Everything comes from this package and the folder of the artifact; a strict Content-Security-Policy makes sure that a
 browser fetches nothing else and runs nothing that is not in a file here. Files are read when first asked for, so the
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
+from fastapi import FastAPI
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -67,6 +69,11 @@ def documentation(request: Request) -> Response:
     return _send(request, _page("API", WEB / "docs.html"))
 
 
+def schema(request: Request) -> Response:
+    """The OpenAPI document."""
+    return _send(request, _schema(request.app))
+
+
 def card(request: Request) -> Response:
     """The model card that lies beside the artifact, as `convmixer-train card` writes it."""
     service: Service = request.state.service
@@ -85,7 +92,13 @@ def file(request: Request) -> Response:
     return _send(request, _asset(path))
 
 
-ROUTES = [Route("/", home), Route("/card", card), Route("/docs", documentation), Route("/web/{name:path}", file)]
+ROUTES = [
+    Route("/", home),
+    Route("/card", card),
+    Route("/docs", documentation),
+    Route("/openapi.json", schema),
+    Route("/web/{name:path}", file),
+]
 """Not FastAPI's kind: they have no parameters to examine and no place in the schema."""
 
 
@@ -107,6 +120,12 @@ def _page(title: str, main: Path) -> Asset:
     return _prepare(
         shell.replace("<!-- title -->", title).replace("<!-- main -->", main.read_text(encoding="utf-8")).encode(), "text/html"
     )
+
+
+@functools.cache
+def _schema(app: FastAPI) -> Asset:
+    # FastAPI's own route builds it in the event loop, a tenth of a second, and writes it down again for every request
+    return _prepare(to_json(app.openapi()), "application/json")
 
 
 def _prepare(body: bytes, media_type: str) -> Asset:
