@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.architectures import config_from_dict
 from model.convmixer import ConvMixer, ConvMixerConfig, count_macs, count_parameters
 
 
@@ -94,15 +95,15 @@ def test_answers_logits_that_do_not_depend_on_the_rest_of_the_batch(random_net: 
 
 def test_config_survives_plain_values() -> None:
     config = ConvMixerConfig(32, 3, 7, 4, 5, 1)
-    assert ConvMixerConfig.from_dict(dict(vars(config))) == config
+    assert config_from_dict(dict(vars(config))) == config
 
 
 def test_unknown_config_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown ConvMixer settings: dropout, width"):
-        ConvMixerConfig.from_dict({"width": 8, "depth": 2, "dropout": 1})
+    with pytest.raises(ValueError, match="unknown convmixer settings: dropout, width"):
+        config_from_dict({"width": 8, "depth": 2, "dropout": 1})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", None])
 def test_config_values_must_be_positive_integers(value: Any) -> None:
     with pytest.raises(ValueError, match=r"ConvMixerConfig.depth must be a positive integer, not"):
-        ConvMixerConfig.from_dict({"depth": value})
+        config_from_dict({"depth": value})
