@@ -62,31 +62,6 @@ class ConvMixerConfig:
         return name + (f"-{self.activation}" if self.activation != "gelu" else "")
 
 
-def require_positive_integers(config: Any) -> None:
-    """Checks every field of a network's configuration that is declared an integer.
-
-    Raises:
-        ValueError: one is not, or is smaller than 1.
-    """
-    for name, declared in config.__dataclass_fields__.items():
-        value = getattr(config, name)
-        if declared.type == "int" and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, not {value!r}")
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of each position, as in ViT and MLP-Mixer: float [N, h, H, W] → the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x
-
-
-RESIDUALS = ("spatial", "both", "none")
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batchnorm": nn.BatchNorm2d, "layernorm": LayerNorm2d}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
-
-
 class PatchEmbedding(nn.Module):
     """Cuts the image into p × p patches and projects each to h channels (section 2, equation 1)."""
 
@@ -154,6 +129,31 @@ class ConvMixer(nn.Module):
         H and W may be any size of at least one patch; a remainder smaller than a patch is not seen.
         """
         return self.forward_head(self.forward_features(x))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of each position, as in ViT and MLP-Mixer: float [N, h, H, W] → the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+RESIDUALS = ("spatial", "both", "none")
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batchnorm": nn.BatchNorm2d, "layernorm": LayerNorm2d}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+def require_positive_integers(config: Any) -> None:
+    """Checks every field of a network's configuration that is declared an integer.
+
+    Raises:
+        ValueError: one is not, or is smaller than 1.
+    """
+    for name, declared in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if declared.type == "int" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, not {value!r}")
 
 
 def count_parameters(model: nn.Module) -> int:

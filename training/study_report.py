@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -14,8 +13,10 @@ mpl.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 CONFIDENCE = 0.95
+_MUTED = "#94a3b8"
 
 
 class Estimate(NamedTuple):
@@ -113,35 +114,49 @@ def render_page(studies: dict[str, Any]) -> str:
     sections = "\n".join(_section(budget, study) for budget, study in studies.items())
     return f"""# {title}
 
-Written by `convmixer-train study`, from `study.json` beside it; do not edit. What was run, with every setting:
-`training/studies/paper.toml` and `study.json`.
+Written by `convmixer-train study` from `study.json` beside it, which has every setting; do not edit. What is run and what is
+claimed is declared in `training/studies/`.
 
-Each network was trained once for each seed, all on the same images, with the same number of epochs and the same recipe, which was
-not tuned for any of them. ± is the 95 % interval of the mean over seeds (Student's t): how far another set of seeds might lead.
-The test images are the same for all. A difference has Welch's interval, and a claim *held* if all of the interval is where the
-claim wants it, *did not hold* if none of it is, and is *not decided* otherwise. The intervals are not corrected for being several.
+Each network was trained once for each seed, all on the same images, with the same number of epochs and the same recipe, which
+was not tuned for any of them. ± is the 95 % interval of the mean over seeds (Student's t): how far other seeds might lead; the
+test images are the same for all. A difference has Welch's interval. A claim *held* if the whole interval is where the claim
+wants it, *did not hold* if none of it is, and is *not decided* otherwise. No interval is corrected for being one of several.
 
 {sections}"""
 
 
 def _section(budget: str, study: dict[str, Any]) -> str:
-    cells = _cells(study)
-    first = study["runs"][0]
+    cells, first = _cells(study), study["runs"][0]
+    reference = cells.get(study["reference"], [first])[0]
     seeds = sorted({run["seed"] for run in study["runs"]})
     machines = sorted({f"{run['hardware']}, {run['precision']}, torch {run['torch']}" for run in study["runs"]})
     minutes = sum(run["seconds"] for run in study["runs"]) / 60
-    reference = cells[study["reference"]][0] if study["reference"] in cells else first
     missing = study["declared_runs"] - len(study["runs"])
-    unfinished = f"**{missing} of {study['declared_runs']} runs are not finished yet.** " if missing else ""
+    facts = [
+        f"**{missing} of {study['declared_runs']} runs are not finished yet.**" if missing else "",
+        f"{len(study['runs'])} runs of seeds {', '.join(map(str, seeds))}:",
+        f"{first['epochs']} epochs of {first['images']:,} training images in batches of {first['config']['batch_size']},",
+        f"{first['validation_images']:,} more held out; {first['test_images']:,} test images, answered once by each run's final",
+        f"weights. The reference has {reference['parameters']:,} parameters.",
+        f"{minutes:.0f} minutes of training on {'; '.join(machines)}.",
+        _caution(first),
+    ]
+    head = [
+        "network",
+        "parameters",
+        "MMAC an image",
+        "seconds a run",
+        "runs",
+        "test, %",
+        "against the reference",
+        "validation, %",
+    ]
     rows = [_row(runs, name, cells.get(study["reference"])) for name, runs in cells.items()]
     return f"""## Budget `{budget}`
 
-{unfinished}{len(study["runs"])} runs: networks of about {_thousands(reference["parameters"])} parameters, {first["epochs"]} epochs of
-{first["images"]:,} training images in batches of {first["config"]["batch_size"]}, {first["validation_images"]:,} held out, seeds
-{", ".join(map(str, seeds))}; {first["test_images"]:,} test images, looked at once by each run's final weights. {minutes:.0f} minutes of
-training on {"; ".join(machines)}.{_small_print(first)}
+{" ".join(fact for fact in facts if fact)}
 
-{_table(["network", "parameters", "MMAC an image", "seconds a run", "seeds", "test, %", "against the reference", "validation, %"], rows)}
+{_table(head, rows)}
 
 ![Accuracy with intervals](images/study-{budget}-accuracy.png)
 
@@ -153,17 +168,13 @@ training on {"; ".join(machines)}.{_small_print(first)}
 """
 
 
-def _small_print(run: dict[str, Any]) -> str:
+def _caution(run: dict[str, Any]) -> str:
     if run["images"] * run["epochs"] >= 1_000_000:
         return ""
     return (
-        " So little training of so small networks says who learns faster from few images; it does not say who ends higher, which"
-        " takes `--budget full`."
+        "So little training of such small networks tells which learns faster from few images, and not which ends higher: "
+        "that takes `--budget full` and a GPU."
     )
-
-
-def _thousands(count: int) -> str:
-    return f"{count / 1e6:.2f} million" if count >= 1e6 / 2 else f"{count / 1e3:.0f},000"
 
 
 def _cells(study: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -239,33 +250,47 @@ def _draw_bars(study: dict[str, Any], path: Path) -> None:
         values = _percent(cells[name])
         found = estimate(values)
         axes.barh(height, found.mean, color=_color(cells[name][0], study["reference"]), height=0.7)
-        axes.errorbar(
-            found.mean, height, xerr=found.half_width if math.isfinite(found.half_width) else 0, color="black", capsize=3
-        )
+        axes.errorbar(found.mean, height, xerr=_drawn(found), color="black", capsize=3)
         axes.scatter(values, [height] * len(values), color="black", s=6, zorder=3)
     axes.set_yticks(range(len(ordered)), ordered)
-    lowest = min(value for runs in cells.values() for value in _percent(runs))
-    axes.set(xlabel="test accuracy, % (95 % intervals; dots are runs)", xlim=(max(0, lowest - 5), None))
+    axes.set(xlabel="test accuracy, % (95 % intervals; dots are runs; the axis does not begin at 0)", xlim=_limits(cells))
     _finish(figure, path, axes)
 
 
 def _draw_costs(study: dict[str, Any], path: Path) -> None:
     """Test accuracy against multiply-accumulates and against the seconds of a run."""
     cells = _cells(study)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for (name, runs), (axes, key, scale) in itertools.product(
-        cells.items(), ((panels[0], "macs", 1e6), (panels[1], "seconds", 1.0))
-    ):
-        found = estimate(_percent(runs))
-        cost = float(np.mean([run[key] for run in runs])) / scale
-        error = found.half_width if math.isfinite(found.half_width) else 0
-        axes.errorbar(
-            cost, found.mean, yerr=error, fmt="o", markersize=5, color=_color(runs[0], study["reference"]), elinewidth=0.8
-        )
-        axes.annotate(name, (cost, found.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
-    panels[0].set(xscale="log", xlabel="million multiply-accumulates an image", ylabel="test accuracy, %")
-    panels[1].set(xscale="log", xlabel="seconds of training a run")
+    low, high = _limits(cells)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
+    for axes, key, scale in ((panels[0], "macs", 1e6), (panels[1], "seconds", 1.0)):
+        labels: list[tuple[float, float]] = []
+        for name, runs in sorted(cells.items(), key=lambda item: float(np.mean(_percent(item[1])))):
+            found, cost = estimate(_percent(runs)), float(np.mean([run[key] for run in runs])) / scale
+            color = _color(runs[0], study["reference"])
+            axes.errorbar(cost, found.mean, yerr=_drawn(found), fmt="o", markersize=5, color=color, elinewidth=0.8)
+            height = found.mean  # a label stands above those of points that cost about the same
+            while any(abs(height - y) < 0.03 * (high - low) and abs(math.log(cost / x)) < 1 for x, y in labels):
+                height += 0.005 * (high - low)
+            labels.append((cost, height))
+            at, line = (cost * 1.12, height), {"arrowstyle": "-", "color": _MUTED, "linewidth": 0.5}
+            axes.annotate(name, (cost, found.mean), xytext=at, fontsize=7, va="center", arrowprops=line)
+        axes.set(xscale="log", ylim=(low, high))
+        axes.margins(x=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    panels[0].set(xlabel="million multiply-accumulates an image", ylabel="test accuracy, %")
+    panels[1].set(xlabel="seconds of training a run")
     _finish(figure, path, *panels)
+
+
+def _drawn(found: Estimate) -> float:
+    return found.half_width if math.isfinite(found.half_width) else 0.0
+
+
+def _limits(cells: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    values = [value for runs in cells.values() for value in _percent(runs)]
+    return max(0.0, min(values) - 4), min(100.0, max(values) + 4)
 
 
 def _finish(figure: Any, path: Path, *panels: Any) -> None:
