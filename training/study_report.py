@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ def _section(budget: str, study: dict[str, Any]) -> str:
     rows = [_row(runs, name, cells.get(study["reference"])) for name, runs in cells.items()]
     return f"""## Budget `{budget}`
 
-{" ".join(fact for fact in facts if fact)}
+{textwrap.fill(" ".join(fact for fact in facts if fact), 127)}
 
 {_table(head, rows)}
 
