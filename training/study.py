@@ -194,7 +194,7 @@ def balanced_subset(data: ImageSet, count: int) -> ImageSet:
     return ImageSet(data.images[chosen], data.labels[chosen], data.classes)
 
 
-def measure_speed(config: TrainConfig, runtime: Runtime, seconds: float = MEASURE_S) -> tuple[float, float]:
+def measure_speed(config: TrainConfig, runtime: Runtime, seconds: float) -> tuple[float, float]:
     """Images per second of a training step and of a forward pass of a network, measured for so many seconds each."""
     device = torch.device(runtime.device)
     network = build_network(config.model).to(device).to(memory_format=torch.channels_last)
@@ -296,7 +296,7 @@ def _estimate(study: Study, training: ImageSet, tests: int, output: Path, runtim
     speeds = known.get(on, {})
     for cell in tqdm({c.name: c for c in study.cells}.values(), desc="measuring", unit="cell", leave=False, disable=None):
         if cell.name not in speeds:
-            speeds[cell.name] = measure_speed(cell.config, runtime)
+            speeds[cell.name] = measure_speed(cell.config, runtime, MEASURE_S)
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, on: speeds}, indent=2) + "\n")
     seconds = {}
