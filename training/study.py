@@ -149,6 +149,10 @@ def run_study(
     training = balanced_subset(load_images(data_path, "train", side), study.images)
     test = load_images(data_path, "test", side)
     seconds = _estimate(study, training, len(test), output, runtime)
+    here = [result for result in finished.values() if result and result["hardware"] == hardware(runtime)]
+    if here:  # what runs took tells more than what was measured before them
+        slower = sum(result["seconds"] for result in here) / sum(seconds[result["cell"]] for result in here)
+        seconds = {name: slower * value for name, value in seconds.items()}
     total, done = (sum(seconds[c.name] for c in cells) for cells in (study.cells, _of(study, finished)))
     tqdm.write(
         f"{study.title} ({study.budget}): {len(study.cells)} runs, {len(_of(study, finished))} finished; "
