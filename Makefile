@@ -7,8 +7,9 @@ RUN ?= runs/train
 # A folder of images instead of the CIFAR-10 download: make train DATA=path
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
+BUDGET ?= default
 
-.PHONY: help serve test lint format train evaluate export bench torture screenshot docker pins sbom audit clean
+.PHONY: help serve test lint format train evaluate export study bench torture screenshot docker pins sbom audit clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +40,9 @@ export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that shi
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
 	mkdir -p releases/fast
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
+
+study: .venv/.dev  ## Train what the paper claims as a grid of small networks and judge it (an hour and a half); BUDGET=full for a GPU
+	$(BIN)/convmixer-train study --budget $(BUDGET) $(DATA_OPTION)
 
 bench: .venv/.dev  ## Server against the in-process limit, side by side (about three minutes)
 	$(BIN)/python -m benchmarks.serve --output benchmarks/results/serve.json --plot docs/images/serve.png

@@ -31,8 +31,8 @@ from app.engine.artifact import read_verified
 from app.engine.session import Session
 from app.errors import ServiceError
 from app.images import DecodeLimits, ResizeRule, decode_image
+from model.architectures import Network
 from model.checkpoint import build_model, load_checkpoint
-from model.convmixer import ConvMixer
 from training.augment import normalization
 from training.config import TrainConfig
 from training.data import load_images
@@ -95,7 +95,7 @@ def decode_all(files: list[Path], rule: ResizeRule) -> tuple[NDArray[np.uint8], 
 
 
 @torch.inference_mode()
-def features(network: ConvMixer, images: Tensor, config: TrainConfig) -> Tensor:
+def features(network: Network, images: Tensor, config: TrainConfig) -> Tensor:
     """Pooled features before the head: uint8 [N, 3, S, S] → float32 [N, h]."""
     normalize = normalization(config)
     batches = tqdm(images.split(250), desc="features", leave=False)
@@ -104,7 +104,7 @@ def features(network: ConvMixer, images: Tensor, config: TrainConfig) -> Tensor:
 
 def scores(
     session: Session,
-    network: ConvMixer,
+    network: Network,
     config: TrainConfig,
     pixels: NDArray[np.uint8],
     temperature: float,

@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from model.architectures import build_network, count_macs
 from model.checkpoint import load_checkpoint
-from model.convmixer import ConvMixer, count_macs
 from training.config import TrainConfig, get_preset
 from training.data import ImageSet, load_images
 from training.runtime import Runtime, autocast, hardware
@@ -66,7 +66,7 @@ class _Files(Dataset[tuple[torch.Tensor, int]]):
 def measure_usual(config: TrainConfig, data: ImageSet, device: str) -> float:
     """Images a second of the usual script, from its second epoch."""
     loader = DataLoader(_Files(data, config), config.batch_size, shuffle=True, drop_last=True, num_workers=2)
-    model = ConvMixer(config.model).to(device)
+    model = build_network(config.model).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     begin, seen = 0.0, 0

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.convmixer import ConvMixer, ConvMixerConfig
+from model.architectures import Network, build_network, config_from_dict
 
 FORMAT = "convmixer-checkpoint/1"
 CLASS_MEANS = "class_means"
@@ -85,14 +85,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def build_model(checkpoint: Checkpoint) -> ConvMixer:
+def build_model(checkpoint: Checkpoint) -> Network:
     """The network of a released checkpoint, in evaluation mode.
 
     Raises:
         CheckpointError: the description has no architecture or the weights do not fit it.
     """
     try:
-        model = ConvMixer(ConvMixerConfig.from_dict(checkpoint.description["model"]))
+        model = build_network(config_from_dict(checkpoint.description["model"]))
         model.load_state_dict({name: tensor for name, tensor in checkpoint.tensors.items() if name != CLASS_MEANS})
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"not a model checkpoint: {error}") from error

@@ -2,7 +2,8 @@
 
 An isotropic net: patches are embedded once, then `depth` equal blocks mix them, first over space (a depthwise
 convolution, with a residual connection), then over channels (a pointwise convolution, without one). Activation before
-normalisation, BatchNorm everywhere, as the paper's own code has it.
+normalisation, BatchNorm everywhere, as the paper's own code has it. The configuration can undo each of these choices, one at
+a time, for the study of what it is worth (docs/study.md); its defaults are the paper's network.
 
 The names of the stages (`stem`, `blocks`, `head`) follow timm; `model.layouts` converts to and from other people's
 state dicts.
@@ -10,8 +11,9 @@ state dicts.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,10 @@ class ConvMixerConfig:
         patch_size: p, side and stride of the patch embedding.
         num_classes: C, outputs of the head.
         in_channels: channels of the input image.
+        residual: which mixing has a residual connection around it: `spatial`, as in the paper, `both` or `none`.
+        norm: `batchnorm`, as in the paper, or `layernorm` over the channels of each position.
+        activation: `gelu`, as in the paper, or `relu`.
+        architecture: tells this configuration from those of other networks (`model.architectures`).
     """
 
     hidden_dim: int = 256
@@ -36,28 +42,24 @@ class ConvMixerConfig:
     patch_size: int = 2
     num_classes: int = 10
     in_channels: int = 3
+    residual: str = "spatial"
+    norm: str = "batchnorm"
+    activation: str = "gelu"
+    architecture: Literal["convmixer"] = "convmixer"
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"ConvMixerConfig.{name} must be a positive integer, not {value!r}")
+        require_positive_integers(self)
+        for name, known in (("residual", RESIDUALS), ("norm", tuple(NORMS)), ("activation", tuple(ACTIVATIONS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"ConvMixerConfig.{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
 
     @property
     def name(self) -> str:
-        """The paper's short name with kernel and patch size, e.g. `convmixer-256-8-k5-p2`."""
-        return f"convmixer-{self.hidden_dim}-{self.depth}-k{self.kernel_size}-p{self.patch_size}"
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ConvMixerConfig:
-        """Builds a configuration from plain values.
-
-        Raises:
-            ValueError: a key is unknown or a value is not a positive integer.
-        """
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unknown ConvMixer settings: {', '.join(sorted(unknown))}")
-        return cls(**values)
+        """The paper's short name with kernel and patch size, e.g. `convmixer-256-8-k5-p2`, and what is not the paper's."""
+        name = f"convmixer-{self.hidden_dim}-{self.depth}-k{self.kernel_size}-p{self.patch_size}"
+        name += f"-residual-{self.residual}" if self.residual != "spatial" else ""
+        name += f"-{self.norm}" if self.norm != "batchnorm" else ""
+        return name + (f"-{self.activation}" if self.activation != "gelu" else "")
 
 
 class PatchEmbedding(nn.Module):
@@ -67,10 +69,11 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         p = config.patch_size
         self.conv = nn.Conv2d(config.in_channels, config.hidden_dim, kernel_size=p, stride=p)
-        self.norm = nn.BatchNorm2d(config.hidden_dim)
+        self.norm = NORMS[config.norm](config.hidden_dim)
+        self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(F.gelu(self.conv(x)))  # [N, 3, H, W] -> [N, h, H/p, W/p]
+        x = self.norm(self.act(self.conv(x)))  # [N, 3, H, W] -> [N, h, H/p, W/p]
         return x
 
 
@@ -81,13 +84,18 @@ class ConvMixerBlock(nn.Module):
         super().__init__()
         h, k = config.hidden_dim, config.kernel_size
         self.depthwise = nn.Conv2d(h, h, kernel_size=k, groups=h, padding="same")
-        self.depthwise_norm = nn.BatchNorm2d(h)
+        self.depthwise_norm = NORMS[config.norm](h)
         self.pointwise = nn.Conv2d(h, h, kernel_size=1)
-        self.pointwise_norm = nn.BatchNorm2d(h)
+        self.pointwise_norm = NORMS[config.norm](h)
+        self.act = ACTIVATIONS[config.activation]
+        self.around_spatial = config.residual != "none"  # the paper's choice: around this one
+        self.around_channels = config.residual == "both"  # and not around this one
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.depthwise_norm(F.gelu(self.depthwise(x)))  # mixes positions within a channel
-        x = self.pointwise_norm(F.gelu(self.pointwise(x)))  # mixes channels within a position
+        mixed = self.depthwise_norm(self.act(self.depthwise(x)))  # mixes positions within a channel
+        x = x + mixed if self.around_spatial else mixed
+        mixed = self.pointwise_norm(self.act(self.pointwise(x)))  # mixes channels within a position
+        x = x + mixed if self.around_channels else mixed
         return x
 
 
@@ -121,6 +129,31 @@ class ConvMixer(nn.Module):
         H and W may be any size of at least one patch; a remainder smaller than a patch is not seen.
         """
         return self.forward_head(self.forward_features(x))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of each position, as in ViT and MLP-Mixer: float [N, h, H, W] → the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x
+
+
+RESIDUALS = ("spatial", "both", "none")
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batchnorm": nn.BatchNorm2d, "layernorm": LayerNorm2d}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+def require_positive_integers(config: Any) -> None:
+    """Checks every field of a network's configuration that is declared an integer.
+
+    Raises:
+        ValueError: one is not, or is smaller than 1.
+    """
+    for name, declared in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if declared.type == "int" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{type(config).__name__}.{name} must be a positive integer, not {value!r}")
 
 
 def count_parameters(model: nn.Module) -> int:

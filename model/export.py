@@ -1,6 +1,6 @@
 """Checkpoint → artifact: one ONNX file with preprocessing inside and its whole description in its metadata.
 
-Normalisation is folded into the stem's weights, which is exact because the patch embedding has no padding. Nothing is
+Normalisation is folded into the stem's weights, which is exact because no architecture's patch embedding has padding. Nothing is
 published unless onnxruntime answers as PyTorch does.
 """
 
@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.architectures import Network, count_macs
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
-from model.convmixer import ConvMixer, count_macs
+from model.errors import ExportError
 
 CONTRACT = "convmixer-artifact/1"
 METADATA_KEY = "convmixer"
@@ -29,10 +30,6 @@ OPSET = 18
 PARITY_BATCHES = (1, 2, 7)
 LOGIT_TOLERANCE = 1e-3
 _PARITY_CHUNK = 200
-
-
-class ExportError(Exception):
-    """The exported graph does not answer as the network does, or is not self-contained. No file was written."""
 
 
 class Servable(nn.Module):
@@ -45,14 +42,14 @@ class Servable(nn.Module):
         std: per-channel standard deviation, likewise.
     """
 
-    def __init__(self, model: ConvMixer, class_means: Tensor, mean: list[float], std: list[float]) -> None:
+    def __init__(self, model: Network, class_means: Tensor, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.model = model
         self.directions = nn.Parameter(nn.functional.normalize(class_means))
         # conv(w, (x/255 - mean)/std) = conv(w/(255·std), x) - Σ w·mean/std, since a stride-p patch has no padding
         scale = 1 / torch.tensor(std).view(1, -1, 1, 1)
         shift = torch.tensor(mean).view(1, -1, 1, 1)
-        conv = model.stem.conv
+        (conv,) = (module for module in model.stem.modules() if isinstance(module, nn.Conv2d))
         assert conv.bias is not None  # noqa: S101 - for mypy
         with torch.no_grad():
             conv.bias -= (conv.weight * scale * shift).sum((1, 2, 3))
@@ -132,7 +129,7 @@ def export(
     return parity
 
 
-def _write_graph(model: ConvMixer, class_means: Tensor, description: dict[str, Any], path: Path) -> None:
+def _write_graph(model: Network, class_means: Tensor, description: dict[str, Any], path: Path) -> None:
     side = description["image_size"]
     servable = Servable(model, class_means, description["normalize_mean"], description["normalize_std"]).eval()
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
@@ -168,7 +165,7 @@ def _write_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 @torch.inference_mode()
 def check_parity(
-    path: Path, reference: ConvMixer, class_means: Tensor, description: dict[str, Any], images: NDArray[np.uint8]
+    path: Path, reference: Network, class_means: Tensor, description: dict[str, Any], images: NDArray[np.uint8]
 ) -> ParityReport:
     """Compares onnxruntime with PyTorch on small batches and on every image given.
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.architectures import Network
 from model.checkpoint import CLASS_MEANS, build_model, load_checkpoint, save_checkpoint
-from model.convmixer import ConvMixer
 from training.config import TrainConfig
 from training.data import ImageSet, load_images, split_validation
 from training.errors import DataError
@@ -41,7 +41,7 @@ class Calibration:
 
 
 def calibrate(
-    network: ConvMixer, training: ImageSet, validation: ImageSet, config: TrainConfig, device: torch.device
+    network: Network, training: ImageSet, validation: ImageSet, config: TrainConfig, device: torch.device
 ) -> Calibration:
     """Fits temperature and rejection thresholds.
 

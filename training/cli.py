@@ -1,15 +1,18 @@
-"""The `convmixer-train` command: train, evaluate, calibrate, export, card. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The `convmixer-train` command: train, evaluate, calibrate, export, card, study. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from training import config as configuration
 from training.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from training.runtime import Runtime
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,6 +27,8 @@ DataOption = Annotated[
     typer.Option("--data", help="Folder with one sub-folder per class, or with train/ and test/. Default: CIFAR-10, downloaded."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda if there is one.")]
+
+PrecisionOption = Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it.")]
 
 
 @app.command()
@@ -46,29 +51,18 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Overrides any setting; repeatable.")
     ] = None,
     device: DeviceOption = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it.")] = None,
+    precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False,
 ) -> None:
     """Train a ConvMixer; writes OUTPUT/model.safetensors."""
     from training.data import load_images
-    from training.runtime import Runtime
     from training.train import train as run
 
     overrides = dict(_split_setting(text) for text in settings or [])
     if epochs is not None:
         overrides["epochs"] = str(epochs)
     config = configuration.get_preset(preset).config.override(overrides)
-    runtime = Runtime.detect(compile=compile)
-    if device:
-        runtime = replace(
-            runtime,
-            device=_usable_device(device),
-            precision="float32" if device == "cpu" != runtime.device else runtime.precision,
-        )
-    if precision:
-        if precision not in ("float32", "bf16", "fp16"):
-            raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
-        runtime = replace(runtime, precision=precision)
+    runtime = _runtime(device, precision, compile=compile)
     images = load_images(data, "train", config.image_size)
     path = run(config, images, output, runtime, init=init, teacher=teacher, resume=resume or finish, finish=finish)
     typer.echo(f"released {path}")
@@ -136,6 +130,36 @@ def card(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="The study's TOML file, or the name of one that ships here: paper.")] = Path(
+        "paper"
+    ),
+    budget: Annotated[str, typer.Option(help="One of the file's budgets, e.g. default or full.")] = "default",
+    data: DataOption = None,
+    output: Annotated[Path, typer.Option(help="Folder of the runs; a sub-folder for each budget.")] = Path("runs/study"),
+    docs: Annotated[Path, typer.Option(help="Folder for study.json, study.md and images/study-*.png.")] = Path("docs"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after so many minutes with all saved; the same command goes on.")
+    ] = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+) -> None:
+    """Train a declared grid of networks, one after the other, and judge what was claimed of them."""
+    from training.study import STUDIES, read_study, run_study
+    from training.study_report import add_results, write_report
+
+    declared = read_study(file if file.suffix else STUDIES / f"{file}.toml", budget)
+    results = run_study(declared, data, output / budget, _runtime(device, precision), minutes=minutes)
+    left = results["declared_runs"] - len(results["runs"])
+    if results["runs"]:
+        add_results(docs / "study.json", budget, results)
+        write_report(docs / "study.json", docs / "study.md")
+        typer.echo(f"wrote {docs / 'study.md'} from {len(results['runs'])} of {results['declared_runs']} runs")
+    if left:
+        typer.echo(f"time is up with {left} runs to go; give the same command again")
+
+
+@app.command()
 def presets() -> None:
     """List the presets with their source, cost and result."""
     for name, preset in configuration.PRESETS.items():
@@ -148,6 +172,23 @@ def _split_setting(text: str) -> tuple[str, str]:
     if not equals:
         raise ConfigError(f"--set takes NAME=VALUE, not {text!r}")
     return name, value
+
+
+def _runtime(device: str | None, precision: str | None, *, compile: bool = False) -> Runtime:
+    from training.runtime import Runtime
+
+    runtime = Runtime.detect(compile=compile)
+    if device:
+        runtime = replace(
+            runtime,
+            device=_usable_device(device),
+            precision="float32" if device == "cpu" != runtime.device else runtime.precision,
+        )
+    if precision:
+        if precision not in ("float32", "bf16", "fp16"):
+            raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
+        runtime = replace(runtime, precision=precision)
+    return runtime
 
 
 def _usable_device(name: str | None) -> str:
@@ -164,7 +205,7 @@ def _usable_device(name: str | None) -> str:
 def main() -> None:
     """Runs the command line; a failure the user can mend becomes one line on standard error."""
     from model.checkpoint import CheckpointError
-    from model.export import ExportError
+    from model.errors import ExportError
 
     try:
         app()

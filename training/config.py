@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from model.architectures import ModelConfig, config_class, config_from_dict
 from model.convmixer import ConvMixerConfig
 from training.errors import ConfigError
 
@@ -46,7 +47,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        model: the network; `num_classes` is taken from the data.
+        model: the network, of any architecture; `num_classes` is taken from the data.
         augment: see AugmentConfig.
         image_size: side in pixels of what the network sees, in training and in service.
         start_size: side at the first step; grows linearly to `image_size` over the first 70 % of the run, in steps of
@@ -71,7 +72,7 @@ class TrainConfig:
         seed: of initialisation, order and augmentation.
     """
 
-    model: ConvMixerConfig = field(default_factory=ConvMixerConfig)
+    model: ModelConfig = field(default_factory=ConvMixerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     image_size: int = 32
     start_size: int = 0
@@ -104,6 +105,10 @@ class TrainConfig:
             "warmup must be in [0, 1)": 0 <= self.warmup < 1,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
             "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.image_size),
+            "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, and start_size 0": isinstance(
+                self.model, ConvMixerConfig
+            )
+            or (self.model.image_size == self.image_size and self.start_size in (0, self.image_size)),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
             "flip and erase must be in [0, 1]": all(0 <= p <= 1 for p in (self.augment.flip, self.augment.erase)),
             "pad_crop, randaugment_ops, mixup and cutmix must not be negative": min(
@@ -135,7 +140,7 @@ class TrainConfig:
         """
         values = dict(values)
         try:
-            values["model"] = ConvMixerConfig.from_dict(values.get("model", {}))
+            values["model"] = config_from_dict(values.get("model", {}))
             values["augment"] = AugmentConfig(**values.get("augment", {}))
             for name in ("normalize_mean", "normalize_std"):
                 if name in values:
@@ -147,20 +152,31 @@ class TrainConfig:
     def override(self, settings: dict[str, str]) -> TrainConfig:
         """A copy with text values parsed into the fields they name; `model.` and `augment.` prefixes reach inside.
 
+        With another `model.architecture`, what the two networks have in common is kept and the rest begins with its defaults.
+
         Args:
             settings: e.g. `{"epochs": "5", "model.hidden_dim": "64"}`.
 
         Raises:
             ConfigError: a field is unknown or a text does not parse as its type.
         """
-        values = self.to_dict()
+        values, model = self.to_dict(), type(self.model)
+        if "model.architecture" in settings:
+            settings = dict(settings)
+            architecture = settings.pop("model.architecture")
+            try:
+                model = config_class(architecture)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            kept = {name: value for name, value in values["model"].items() if name in model.__dataclass_fields__}
+            values["model"] = {**kept, "architecture": architecture}
         for path, text in settings.items():
             group, _, name = path.rpartition(".")
-            owner = {"": TrainConfig, "model": ConvMixerConfig, "augment": AugmentConfig}.get(group)
+            owner = {"": TrainConfig, "model": model, "augment": AugmentConfig}.get(group)
             hints = get_type_hints(owner) if owner else {}
             kind = hints.get(name)
             if kind not in (int, float, str):
-                raise ConfigError(f"unknown setting {path!r}; known: {', '.join(settable_fields())}")
+                raise ConfigError(f"unknown setting {path!r}; known: {', '.join(settable_fields(model))}")
             try:
                 (values[group] if group else values)[name] = kind(text)
             except ValueError as error:
@@ -168,11 +184,12 @@ class TrainConfig:
         return TrainConfig.from_dict(values)
 
 
-def settable_fields() -> list[str]:
-    """Names that `TrainConfig.override` understands."""
-    owners = {"": TrainConfig, "model.": ConvMixerConfig, "augment.": AugmentConfig}
+def settable_fields(model: type[ModelConfig] = ConvMixerConfig) -> list[str]:
+    """Names that `TrainConfig.override` understands when the network is of that kind."""
+    owners = {"": TrainConfig, "model.": model, "augment.": AugmentConfig}
     hints = {prefix: get_type_hints(owner) for prefix, owner in owners.items()}
-    return [prefix + name for prefix, kinds in hints.items() for name, kind in kinds.items() if kind in (int, float, str)]
+    names = [prefix + name for prefix, kinds in hints.items() for name, kind in kinds.items() if kind in (int, float, str)]
+    return [*names, "model.architecture"]
 
 
 @dataclass(frozen=True)

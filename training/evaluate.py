@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.architectures import Network
 from model.checkpoint import build_model, load_checkpoint
-from model.convmixer import ConvMixer
 from training.augment import normalization
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
@@ -37,9 +37,16 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
         DataError: the data cannot be read or has other classes than the checkpoint.
     """
     checkpoint = load_checkpoint(checkpoint_path)
+    build_model(checkpoint)  # what is no model is refused before the images are read
+    data = load_images(data_path, "test", checkpoint.description["image_size"])
+    return evaluate_images(checkpoint_path, data, output, device)
+
+
+def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device: str) -> dict[str, Any]:
+    """As `evaluate`, on test images that are in memory already."""
+    checkpoint = load_checkpoint(checkpoint_path)
     description = checkpoint.description
     model = build_model(checkpoint)
-    data = load_images(data_path, "test", description["image_size"])
     if data.classes != description["classes"]:
         raise DataError(f"the data has classes {data.classes}, the checkpoint {description['classes']}")
     config = TrainConfig.from_dict(description["training"]["config"])
@@ -55,7 +62,7 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
 
 
 def compute_logits(
-    model: ConvMixer, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
+    model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> Tensor:
     """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
     return compute_outputs(model, data, config, device, progress=progress)[0]
@@ -63,7 +70,7 @@ def compute_logits(
 
 @torch.inference_mode()
 def compute_outputs(
-    model: ConvMixer, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
+    model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `compute_logits`, with the pooled features before the head: float32 [N, C], float32 [N, h]."""
     model.eval().to(device).to(memory_format=torch.channels_last)

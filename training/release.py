@@ -12,7 +12,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from model.checkpoint import load_checkpoint
-from model.export import METADATA_KEY, ExportError, ParityReport, export
+from model.errors import ExportError
+from model.export import METADATA_KEY, ParityReport, export
 from training.data import load_images
 from training.errors import DataError
 

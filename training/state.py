@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from model.architectures import Network, config_from_dict
 from model.checkpoint import CLASS_MEANS, CheckpointError, load_checkpoint, save_checkpoint
-from model.convmixer import ConvMixer, count_parameters
+from model.convmixer import count_parameters
 from training import __version__
 from training.calibrate import Calibration
 from training.config import TrainConfig
@@ -42,7 +43,7 @@ class TrainingState:
         data: ImageSet,
         teacher: dict[str, str] | None,
         path: Path,
-        model: ConvMixer,
+        model: Network,
         ema: AveragedModel,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
@@ -88,7 +89,9 @@ class TrainingState:
                 f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same file"
             )
         ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
-        changed = [f"{key} was {theirs[key]}, now {ours[key]}" for key in ours if ours[key] != theirs[key]]
+        changed = [
+            f"{key} was {theirs.get(key)}, now {ours.get(key)}" for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)
+        ]
         if changed:
             raise ResumeError(f"settings differ from {self.path}: {'; '.join(changed)}")
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
@@ -119,9 +122,11 @@ class TrainingState:
             ConfigError: it holds another network.
         """
         found = load_checkpoint(path)
-        ours, theirs = self.config.to_dict()["model"], found.description["model"]
+        ours, theirs = asdict(self.config.model), asdict(config_from_dict(found.description["model"]))
         changed = [
-            f"{key} is {theirs[key]}, here {ours[key]}" for key in ours if key != "num_classes" and ours[key] != theirs[key]
+            f"{key} is {theirs.get(key)}, here {ours.get(key)}"
+            for key in {**ours, **theirs}
+            if key != "num_classes" and ours.get(key) != theirs.get(key)
         ]
         if changed:
             raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from model.architectures import Network, build_network
 from model.convmixer import ConvMixer, count_parameters
 from training.augment import Augmentation
 from training.calibrate import calibrate
@@ -54,6 +55,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     teacher: Path | None = None,
     resume: bool = False,
     finish: bool = False,
+    deadline: float = math.inf,
 ) -> Path:
     """Trains one network.
 
@@ -67,6 +69,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         teacher: a released checkpoint whose answers to the same pictures the network learns to give.
         resume: continue from `output/last.safetensors`.
         finish: with `resume`, take no further step and release what the run has come to.
+        deadline: value of `time.monotonic()` after which the run stops as if asked to by a signal.
 
     Returns:
         Path of the released checkpoint, `output/model.safetensors`.
@@ -78,7 +81,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         ResumeError: there is nothing to resume, or it belongs to another run.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
-        SystemExit: SIGTERM or SIGINT came; a checkpoint was written first.
+        SystemExit: SIGTERM or SIGINT came, or the deadline; a checkpoint was written first.
     """
     config = replace(config, model=replace(config.model, num_classes=len(data.classes)))
     training, validation = split_validation(data, config.val_fraction, config.seed)
@@ -90,8 +93,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     device = torch.device(local_device(runtime.device))
     images, labels = training.images.to(device), training.labels.to(device)
     torch.manual_seed(config.seed)
-    model = ConvMixer(config.model).to(device).to(memory_format=torch.channels_last)
-    if device.type == "cpu" and config.model.kernel_size % 2 == 1 and shutil.which("c++"):
+    model = build_network(config.model).to(device).to(memory_format=torch.channels_last)
+    if isinstance(model, ConvMixer) and model.config.kernel_size % 2 and device.type == "cpu" and shutil.which("c++"):
         use_fast_weight_gradients(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     optimizer = _build_optimizer(config, model)
@@ -164,7 +167,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
             if epoch_ends:
-                released: ConvMixer = ema.module if config.ema_decay else model  # type: ignore[assignment]
+                released: Network = ema.module if config.ema_decay else model  # type: ignore[assignment]
                 val_logits = compute_logits(released, validation, config, device)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
@@ -188,12 +191,13 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 if events:
                     for name, value in row.items():
                         events.add_scalar(name, value, epoch + 1)
-            stop = group.any(bool(termination), device)
+            stop = group.any(bool(termination) or time.monotonic() > deadline, device)
             if group.leads and (epoch_ends or stop or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S):
                 state.save(progress)
                 saved_at = time.monotonic()
             if stop:
-                tqdm.write(f"stopped at step {step + 1} by a signal; continue with --resume", file=sys.stderr)
+                reason = "by a signal" if termination else "at its deadline"
+                tqdm.write(f"stopped at step {step + 1} {reason}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + (termination or [signal.SIGTERM])[0])
         if group.leads:
             released = ema.module if config.ema_decay else model  # type: ignore[assignment]

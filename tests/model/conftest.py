@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from model.architectures import Network, build_network, config_from_dict
 from model.checkpoint import CLASS_MEANS, Checkpoint
-from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
+from model.convmixer import count_parameters
 
 IMAGES = Path(__file__).parent.parent / "data" / "cifar10"
 
@@ -36,10 +37,11 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @pytest.fixture(scope="session")
-def random_net() -> Callable[..., ConvMixer]:
-    def build(seed: int = 0, **settings: int) -> ConvMixer:
+def random_net() -> Callable[..., Any]:
+    def build(seed: int = 0, **settings: Any) -> Network:
         torch.manual_seed(seed)
-        net = ConvMixer(ConvMixerConfig(**{"hidden_dim": 16, "depth": 2, **settings}))
+        net = build_network(config_from_dict({"hidden_dim": 16, "depth": 2, **settings}))
+        nn.init.trunc_normal_(net.head.weight, std=0.1)  # torchvision's is zero
         randomize(net, seed)
         return net
 
@@ -47,10 +49,10 @@ def random_net() -> Callable[..., ConvMixer]:
 
 
 @pytest.fixture(scope="session")
-def released(random_net: Callable[..., ConvMixer]) -> Callable[..., Checkpoint]:
+def released(random_net: Callable[..., Network]) -> Callable[..., Checkpoint]:
     """A checkpoint as a training run releases it, of random weights."""
 
-    def build(classes: list[str], image_size: int, **settings: int) -> Checkpoint:
+    def build(classes: list[str], image_size: int, **settings: Any) -> Checkpoint:
         net = random_net(num_classes=len(classes), **settings)
         net.head.weight.data.mul_(20)  # logits as far apart as a trained network's, so that top-1 is no toss-up
         description: dict[str, Any] = {

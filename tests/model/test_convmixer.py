@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.architectures import config_from_dict
 from model.convmixer import ConvMixer, ConvMixerConfig, count_macs, count_parameters
 
 
@@ -94,15 +95,50 @@ def test_answers_logits_that_do_not_depend_on_the_rest_of_the_batch(random_net: 
 
 def test_config_survives_plain_values() -> None:
     config = ConvMixerConfig(32, 3, 7, 4, 5, 1)
-    assert ConvMixerConfig.from_dict(dict(vars(config))) == config
+    assert config_from_dict(dict(vars(config))) == config
 
 
 def test_unknown_config_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown ConvMixer settings: dropout, width"):
-        ConvMixerConfig.from_dict({"width": 8, "depth": 2, "dropout": 1})
+    with pytest.raises(ValueError, match="unknown convmixer settings: dropout, width"):
+        config_from_dict({"width": 8, "depth": 2, "dropout": 1})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8", None])
 def test_config_values_must_be_positive_integers(value: Any) -> None:
     with pytest.raises(ValueError, match=r"ConvMixerConfig.depth must be a positive integer, not"):
-        ConvMixerConfig.from_dict({"depth": value})
+        config_from_dict({"depth": value})
+
+
+def test_residuals_are_where_the_configuration_says(random_net: Callable[..., ConvMixer]) -> None:
+    x = torch.randn(2, 16, 6, 6)
+    for residual, spatial, channels in (("spatial", 1, 0), ("both", 1, 1), ("none", 0, 0)):
+        block = random_net(depth=1, residual=residual).blocks[0]
+        mixed = block.depthwise_norm(F.gelu(block.depthwise(x))) + spatial * x
+        expected = block.pointwise_norm(F.gelu(block.pointwise(mixed))) + channels * mixed
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_layer_normalisation_is_over_the_channels_of_each_position(random_net: Callable[..., ConvMixer]) -> None:
+    net = random_net(norm="layernorm", depth=1)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
+    features = net.forward_features(torch.randn(2, 3, 8, 8))
+    torch.testing.assert_close(features.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.var(1, unbiased=False), torch.ones(2, 4, 4), atol=1e-2, rtol=0)
+
+
+def test_relu_takes_the_place_of_gelu_everywhere(random_net: Callable[..., ConvMixer], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, images = random_net(activation="relu"), torch.randn(2, 3, 8, 8)
+    expected = net(images)
+    gelu = random_net()
+    gelu.load_state_dict(net.state_dict())
+    assert not torch.allclose(gelu(images), expected, atol=1e-2)
+    for module in gelu.modules():
+        if hasattr(module, "act"):
+            monkeypatch.setattr(module, "act", torch.relu)
+    assert torch.equal(gelu(images), expected)
+
+
+@pytest.mark.parametrize("settings", [{"kernel_size": k} for k in (3, 5, 7, 9)] + [{"patch_size": p} for p in (1, 2, 4)])
+def test_kernels_and_patches_of_the_study(random_net: Callable[..., ConvMixer], settings: dict[str, int]) -> None:
+    p = settings.get("patch_size", 2)
+    assert random_net(**settings).forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 16, 32 // p, 32 // p)

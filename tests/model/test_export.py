@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from model import export as export_module
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
 from model.convmixer import ConvMixer, count_macs
-from model.export import CONTRACT, METADATA_KEY, ExportError, ParityReport, Servable, check_parity, export
+from model.errors import ExportError
+from model.export import CONTRACT, METADATA_KEY, ParityReport, Servable, check_parity, export
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 Pixels = NDArray[np.uint8]

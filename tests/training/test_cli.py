@@ -56,8 +56,8 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
 def test_help_lists_the_commands(command_line: CommandLine) -> None:
     outcome = command_line("--help")
     assert outcome.code == 0
-    assert all(name in outcome.out for name in ("train", "evaluate", "export", "card", "presets"))
-    for name in ("train", "evaluate", "export", "card"):
+    assert all(name in outcome.out for name in ("train", "evaluate", "export", "card", "study", "presets"))
+    for name in ("train", "evaluate", "export", "card", "study"):
         assert command_line(name, "--help").code == 0
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.convmixer import ConvMixer, count_parameters
+from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
+from model.vit import ViTConfig
 from training.config import PRESETS, TrainConfig, get_preset, settable_fields
 from training.errors import ConfigError
 
@@ -60,6 +61,20 @@ def test_every_field_it_names_can_be_set() -> None:
         group, _, key = name.rpartition(".")
         value = getattr(getattr(config, group) if group else config, key)
         assert config.override({name: str(value)}) == config
+
+
+def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
+    config = TrainConfig().override({"model.heads": "2", "model.architecture": "vit", "model.hidden_dim": "64"})
+    assert config.model == ViTConfig(hidden_dim=64, depth=8, heads=2, patch_size=2)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.override({"model.architecture": "convmixer"}).model == ConvMixerConfig(hidden_dim=64, depth=8, patch_size=2)
+    with pytest.raises(ConfigError, match=r"unknown setting 'model\.kernel_size'; known: .*model\.heads"):
+        config.override({"model.kernel_size": "3"})
+    with pytest.raises(ConfigError, match="unknown architecture 'resnet'; known: convmixer, mlp-mixer, vit"):
+        config.override({"model.architecture": "resnet"})
+    for name, value in (("start_size", "16"), ("image_size", "64")):
+        with pytest.raises(ConfigError, match=r"model\.image_size must be image_size, and start_size 0"):
+            config.override({name: value})
 
 
 @pytest.mark.parametrize(

@@ -31,18 +31,22 @@ def images() -> torch.Tensor:
     return torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
 
 
-def pair(kernel_size: int) -> tuple[ConvMixer, ConvMixer]:
+def pair(kernel_size: int, **variant: str) -> tuple[ConvMixer, ConvMixer]:
     torch.manual_seed(0)
-    plain = ConvMixer(ConvMixerConfig(hidden_dim=16, depth=2, kernel_size=kernel_size, patch_size=2))
+    plain = ConvMixer(ConvMixerConfig(hidden_dim=16, depth=2, kernel_size=kernel_size, patch_size=2, **variant))
     plain = plain.to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
     use_fast_weight_gradients(fast)
     return plain, fast
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5])
-def test_float32_gradients_are_the_librarys(images: torch.Tensor, kernel_size: int) -> None:
-    plain, fast = pair(kernel_size)
+@pytest.mark.parametrize(
+    ("kernel_size", "variant"),
+    [(3, {}), (5, {}), (3, {"residual": "both", "norm": "layernorm", "activation": "relu"}), (3, {"residual": "none"})],
+    ids=str,
+)
+def test_float32_gradients_are_the_librarys(images: torch.Tensor, kernel_size: int, variant: dict[str, str]) -> None:
+    plain, fast = pair(kernel_size, **variant)
     expected_logits, expected = gradients(plain, images, torch.float32)
     logits, found = gradients(fast, images, torch.float32)
     torch.testing.assert_close(logits, expected_logits, atol=1e-6, rtol=1e-6)

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
-from model.export import METADATA_KEY, ExportError
+from model.errors import ExportError
+from model.export import METADATA_KEY
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.data import ImageSet
 from training.errors import DataError

@@ -169,8 +169,11 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"start_size": "24", "augment.pad_crop": "2", "epochs": "4"}, QUIET),
         ({"model.patch_size": "1", "model.kernel_size": "5", "label_smoothing": "0"}, QUIET),
         ({}, replace(QUIET, precision="bf16")),
+        ({"model.residual": "none", "model.norm": "layernorm", "model.activation": "relu"}, QUIET),
+        ({"model.architecture": "vit", "model.patch_size": "4"}, QUIET),
+        ({"model.architecture": "mlp-mixer", "ema_decay": "0"}, QUIET),
     ],
-    ids=["mixed targets", "reference optimizer", "growing images", "other network", "bf16"],
+    ids=["mixed targets", "reference optimizer", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
 )
 def test_every_kind_of_run_releases_a_network(
     animals: ImageSet, tmp_path: Path, settings: dict[str, str], runtime: Runtime
@@ -215,6 +218,18 @@ def test_other_classes_get_a_new_head_on_the_old_body(trained: Path, animals: Im
     assert checkpoint.tensors["head.weight"].shape == (3, 16)
     body = "blocks.1.pointwise.weight"
     assert torch.allclose(checkpoint.tensors[body], load_checkpoint(trained).tensors[body], atol=1e-6)
+
+
+def test_a_checkpoint_from_before_there_were_other_networks_can_be_started_from(
+    trained: Path, photos: ImageSet, tmp_path: Path, no_compiler: None
+) -> None:
+    checkpoint = load_checkpoint(trained)
+    for name in ("architecture", "residual", "norm", "activation"):
+        del checkpoint.description["model"][name]
+    save_checkpoint(tmp_path / "old.safetensors", checkpoint.tensors, checkpoint.description)
+    train(replace(TINY, epochs=1), photos, tmp_path, QUIET, init=tmp_path / "old.safetensors")
+    with pytest.raises(ConfigError, match=r"architecture is convmixer, here vit"):
+        train(TINY.override({"model.architecture": "vit"}), photos, tmp_path, QUIET, init=tmp_path / "old.safetensors")
 
 
 def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
@@ -355,6 +370,15 @@ def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: P
     assert_same_weights(resumed, whole_run)
     histories = [load_checkpoint(path).description["training"]["history"] for path in (resumed, whole_run)]
     assert [row["train_loss"] for row in histories[0]] == [row["train_loss"] for row in histories[1]]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_stopped_by_its_deadline_goes_on(animals: ImageSet, whole_run: Path, tmp_path: Path) -> None:
+    config = replace(TINY, epochs=3)
+    with pytest.raises(SystemExit):
+        train(config, animals, tmp_path, QUIET, deadline=0.0)
+    assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == 1
+    assert_same_weights(train(config, animals, tmp_path, QUIET, resume=True), whole_run)
 
 
 @pytest.fixture
