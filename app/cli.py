@@ -34,7 +34,11 @@ KeyOption = Annotated[
     Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's key (here all could see it with `ps`).")
 ]
 
-_EXTRAS = {"onnxruntime": "[cpu] or convmixer-serve[cuda]", "httpx": "[client]", "pyarrow": "[parquet]"}
+_EXTRAS = {
+    "onnxruntime": "[cpu], convmixer-serve[openvino] or convmixer-serve[cuda]",
+    "httpx": "[client]",
+    "pyarrow": "[parquet]",
+}
 """What installs a package that the base does without."""
 
 

@@ -19,7 +19,7 @@ from app.engine.session import Session
 BUDGET_S = 0.25
 """Time for all of it; half for the curve, half for the workers."""
 
-_LARGEST_BATCH = {"cpu": 8, "cuda": 256}
+_LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.1
 """A larger batch may cost so much more an image in the model alone: what a batch costs outside of it is shared by more. (Over
 HTTP batches of 4 gave 5 to 30 % more than single images where the model alone was 3 % slower with them.) And batches form only
@@ -65,7 +65,7 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
     images_s: dict[int, float] = {}
     if not workers:
         # on a GPU one worker computes and one more decodes and copies meanwhile
-        choices = {cores, max(1, cores // 2), 1} if session.provider == "cpu" else {min(2, cores), 1}
+        choices = {min(2, cores), 1} if session.provider == "cuda" else {cores, max(1, cores // 2), 1}
         images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
         workers = _best_workers(images_s)
     return Calibration(workers, max_batch, batch_ms, images_s, time.perf_counter() - begin)

@@ -28,7 +28,7 @@ def test_a_batch_gives_what_its_images_give_alone(session, images):
 
 
 def test_every_core_at_once_gives_the_same(artifact_path, session, images):
-    both = Session(read_verified(artifact_path), "cpu", lone_threads=2)
+    both = Session(read_verified(artifact_path), "cpu", cores=2)
     for image in images:
         assert np.allclose(both.infer(image[None], alone=True).logits, session.infer(image[None]).logits, atol=1e-4)
     assert np.allclose(both.infer(images).logits, session.infer(images).logits, atol=1e-4)
