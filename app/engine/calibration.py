@@ -37,7 +37,7 @@ class Calibration:
         workers: inference threads.
         max_batch: largest batch.
         batch_ms: duration of one batch on one worker by its size, in milliseconds.
-        images_s: images a second by number of workers side by side, in batches of `max_batch`.
+        images_s: images a second by number of workers side by side, in batches of `max_batch`; empty if there was no choice.
         seconds: what measuring took.
     """
 
@@ -66,8 +66,10 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
     if not workers:
         # on a GPU one worker computes and one more decodes and copies meanwhile
         choices = {min(2, cores), 1} if session.provider == "cuda" else {cores, max(1, cores // 2), 1}
-        images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
-        workers = _best_workers(images_s)
+        if len(choices) > 1:
+            images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
+        workers = _best_workers(images_s) if images_s else 1
+    session.release_memory()
     return Calibration(workers, max_batch, batch_ms, images_s, time.perf_counter() - begin)
 
 

@@ -101,6 +101,17 @@ class Session:
         found = dict(zip(wanted, session.run(wanted, {"images": images}, self._plain), strict=True))
         return Answers(found["logits"], found.get("similarity"), found.get("class_maps"))
 
+    def release_memory(self) -> None:
+        """Gives back what larger batches than the last needed; the next larger one takes it again."""
+        if self.provider != "cpu":
+            return
+        last = onnxruntime.RunOptions()
+        last.only_execute_path_to_fetches = True
+        last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        side = self.metadata.input_size
+        for session in {self._session, self._lone}:
+            session.run(["logits"], {"images": np.zeros((1, side, side, 3), np.uint8)}, last)
+
     def _warm_up(self) -> float:
         side = self.metadata.input_size
         begin = time.perf_counter()
