@@ -1,6 +1,6 @@
 # Everything a person types. Each command installs what it needs into .venv first; nothing else is touched.
 PYTHON ?= python3
-# Serving flavour: cpu or cuda (never both in one environment: docs/decisions/0001-onnxruntime-extras.md)
+# Serving flavour: cpu, cuda or openvino (never two in one environment: docs/decisions/0001-onnxruntime-extras.md)
 EXTRA ?= cpu
 BIN := .venv/bin
 RUN ?= runs/train
@@ -80,7 +80,7 @@ clean:  ## Remove the environment and caches
 	$(PYTHON) -m venv .venv
 
 .venv/.serve-$(EXTRA): .venv/bin/python pyproject.toml constraints.txt
-	@test ! -e .venv/.serve-$(if $(filter cuda,$(EXTRA)),cpu,cuda) || { echo "this .venv has the other onnxruntime; run 'make clean' first" >&2; exit 1; }
+	@test -z "$(filter-out $@,$(wildcard .venv/.serve-*))" || { echo "this .venv has another onnxruntime; run 'make clean' first" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
 	@touch $@
 

@@ -134,4 +134,6 @@ class ModelCard(BaseModel):
     max_batch: int
     warm_up_ms: float
     batch_ms: dict[int, float] = Field(description="Measured at start: a batch on one worker by its size, in milliseconds.")
-    images_per_second: dict[int, float] = Field(description="Measured at start: images a second by number of workers.")
+    images_per_second: dict[int, float] = Field(
+        description="Images a second by number of workers, measured at start where there is a choice."
+    )

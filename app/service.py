@@ -46,7 +46,7 @@ class Service:
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
         cores = max(1, (settings.cores or available_cores()) // settings.processes)
-        self.session = Session(verified, settings.provider, lone_threads=cores)
+        self.session = Session(verified, settings.provider, precision=settings.precision, cores=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)
         self.watchers: list[Callable[[Exchange], None]] = []

@@ -30,8 +30,11 @@ class Settings(BaseModel):
         pattern="^[0-9a-f]{64}$",
         description="Expected SHA-256 of the artifact. Unset: the one in the .sha256 file beside it.",
     )
-    provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to compute. `auto` takes CUDA if it works, `cuda` refuses to start without."
+    provider: Literal["auto", "cpu", "cuda", "openvino"] = Field(
+        "auto", description="Where to compute. `auto`: CUDA if it works, else the CPU; a named one refuses to start without."
+    )
+    precision: Literal["f32", "bf16"] = Field(
+        "f32", description="What `openvino` computes in; `bf16` refuses to start on a CPU without it."
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

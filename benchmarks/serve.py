@@ -53,7 +53,7 @@ class Limit:
     def __init__(self, bodies: list[bytes], cores: int) -> None:
         settings = Settings.load()
         self.bodies, self.cores = bodies, cores
-        self.session = Session(read_verified(settings.artifact_path()), "cpu", lone_threads=cores)
+        self.session = Session(read_verified(settings.artifact_path()), "cpu", cores=cores)
         self.decode_limits = DecodeLimits(settings.max_pixels, settings.max_side)
 
     def label(self, body: bytes, *, alone: bool = False) -> str:

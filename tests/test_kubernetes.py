@@ -1,10 +1,9 @@
-"""deploy/kubernetes fits Kubernetes' own schemas, and its numbers and names are the service's.
-
-ServiceMonitor and InferenceService have schemas only in their projects' clusters: what is checked of them is what they name.
-"""
+"""deploy/kubernetes fits Kubernetes', Prometheus Operator's and KServe's schemas; its numbers and names are the service's."""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -23,8 +23,10 @@ from tests.conftest import REPOSITORY
 from tests.memory import implied_mib
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
-CUSTOM = {"ServiceMonitor", "InferenceService"}
-KSERVES_OWN = {"minReplicas", "maxReplicas", "timeout"}
+SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (REPOSITORY / "tests" / "data" / "kubernetes").glob("*.json")}
+"""Of kinds that are not Kubernetes' own; README.md beside them says where they are from."""
+
+KSERVES_OWN = SCHEMAS["inferenceservice"]["properties"]["spec"]["properties"]["predictor"]["properties"]
 MIB = {"Mi": 1, "Gi": 1024}
 
 Manifest = dict[str, Any]
@@ -36,12 +38,22 @@ def load(path: Path) -> Manifest:
 
 BASE = {path.stem: load(path) for path in FOLDER.glob("base/*.yaml") if path.stem != "kustomization"}
 POD = BASE["deployment"]["spec"]["template"]["spec"]
-PREDICTOR = load(FOLDER / "kserve" / "inference-service.yaml")["spec"]["predictor"]
+CUSTOM = {
+    "ServiceMonitor": load(FOLDER / "components" / "prometheus" / "service-monitor.yaml"),
+    "InferenceService": load(FOLDER / "kserve" / "inference-service.yaml"),
+}
+PREDICTOR = CUSTOM["InferenceService"]["spec"]["predictor"]
 PODS = pytest.mark.parametrize("pod", [POD, PREDICTOR], ids=["deployment", "kserve"])
 
 
 def validate(manifest: Manifest) -> None:
-    kubernetes_validate.validate(manifest, "1.37", strict=True)  # strict: no unknown field
+    if manifest["kind"] not in CUSTOM:
+        kubernetes_validate.validate(manifest, "1.37", strict=True)  # strict: no unknown field
+        return
+    jsonschema.validate(manifest, SCHEMAS[manifest["kind"].lower()])
+    # metadata is every kind's, and what is not KServe's own in a predictor is a pod's
+    pod = {name: value for name, value in manifest["spec"].get("predictor", POD).items() if name not in KSERVES_OWN}
+    validate({"apiVersion": "v1", "kind": "Pod", "metadata": manifest["metadata"], "spec": pod})
 
 
 def settings(pod: Manifest) -> dict[str, str]:
@@ -65,9 +77,37 @@ def test_each_manifest_fits_kubernetes_schema(manifest):
         validate(manifest | {"metadatas": {}})
 
 
-def test_kserves_predictor_is_a_pod_as_kubernetes_knows_it():
-    spec = {name: value for name, value in PREDICTOR.items() if name not in KSERVES_OWN}
-    validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec})
+@pytest.mark.parametrize("manifest", CUSTOM.values(), ids=CUSTOM)
+def test_custom_kinds_fit_their_operators_schemas(manifest):
+    validate(manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("ServiceMonitor", ["metadata", "label"], {}),
+        ("ServiceMonitor", ["spec", "endpoint"], []),
+        ("ServiceMonitor", ["spec", "selector", "matchLabel"], {}),
+        ("ServiceMonitor", ["spec", "endpoints", 0, "targetport"], "metrics"),
+        ("ServiceMonitor", ["spec", "endpoints", 0, "interval"], "15 seconds"),
+        ("ServiceMonitor", ["spec", "endpoints", 0, "port"], 9090),
+        ("InferenceService", ["metadata", "label"], {}),
+        ("InferenceService", ["spec", "predictors"], {}),
+        ("InferenceService", ["spec", "predictor", "minReplica"], 2),
+        ("InferenceService", ["spec", "predictor", "minReplicas"], "2"),
+        ("InferenceService", ["spec", "predictor", "containers", 0, "readynessProbe"], {}),
+        ("InferenceService", ["spec", "predictor", "containers", 0, "resources", "limit"], {}),
+    ],
+)
+def test_what_an_operators_schema_does_not_know_is_refused(kind, path, value):
+    manifest = copy.deepcopy(CUSTOM[kind])
+    *parents, name = path
+    place: Any = manifest
+    for parent in parents:
+        place = place[parent]
+    place[name] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate(manifest)
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl, which renders overlays, is not installed")
@@ -80,8 +120,8 @@ def test_overlays_render_to_what_kubernetes_takes(overlay, with_prometheus, tmp_
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(mine))
     rendered = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, check=True).stdout
     found = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(rendered)}
-    for kind in found.keys() - CUSTOM:
-        validate(found[kind])
+    for manifest in found.values():
+        validate(manifest)
     assert ("ServiceMonitor" in found) is with_prometheus
     assert len(found["HorizontalPodAutoscaler"]["spec"]["metrics"]) == 1 + with_prometheus
     assert {m["metadata"].get("namespace", "convmixer") for m in found.values()} == {"convmixer"}
@@ -146,7 +186,7 @@ def test_pods_may_do_little(pod):
 def test_names_meet():
     """What selects finds the pods, and ports that are named exist."""
     pods = BASE["deployment"]["spec"]["template"]["metadata"]["labels"]
-    service, monitor = BASE["service"], load(FOLDER / "components" / "prometheus" / "service-monitor.yaml")
+    service, monitor = BASE["service"], CUSTOM["ServiceMonitor"]
     policy, budget = BASE["network-policy"]["spec"], BASE["disruption-budget"]["spec"]
     assert service["spec"]["selector"] == policy["podSelector"]["matchLabels"] == budget["selector"]["matchLabels"] == pods
     assert all(constraint["labelSelector"]["matchLabels"] == pods for constraint in POD["topologySpreadConstraints"])

@@ -138,7 +138,7 @@ class Model:
         sha256: of its artifact.
         classes: names, in the order of the logits.
         input_size: side in pixels of what the network sees.
-        provider: where it computes: `cpu` or `cuda`.
+        provider: where it computes: `cpu`, `cuda` or `openvino`.
         workers: inference threads.
         max_batch: largest batch.
         metadata: everything the artifact says of itself.

@@ -19,7 +19,7 @@ from app.engine.session import Session
 BUDGET_S = 0.25
 """Time for all of it; half for the curve, half for the workers."""
 
-_LARGEST_BATCH = {"cpu": 8, "cuda": 256}
+_LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.1
 """A larger batch may cost so much more an image in the model alone: what a batch costs outside of it is shared by more. (Over
 HTTP batches of 4 gave 5 to 30 % more than single images where the model alone was 3 % slower with them.) And batches form only
@@ -37,7 +37,7 @@ class Calibration:
         workers: inference threads.
         max_batch: largest batch.
         batch_ms: duration of one batch on one worker by its size, in milliseconds.
-        images_s: images a second by number of workers side by side, in batches of `max_batch`.
+        images_s: images a second by number of workers side by side, in batches of `max_batch`; empty if there was no choice.
         seconds: what measuring took.
     """
 
@@ -65,9 +65,11 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
     images_s: dict[int, float] = {}
     if not workers:
         # on a GPU one worker computes and one more decodes and copies meanwhile
-        choices = {cores, max(1, cores // 2), 1} if session.provider == "cpu" else {min(2, cores), 1}
-        images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
-        workers = _best_workers(images_s)
+        choices = {min(2, cores), 1} if session.provider == "cuda" else {cores, max(1, cores // 2), 1}
+        if len(choices) > 1:
+            images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
+        workers = _best_workers(images_s) if images_s else 1
+    session.release_memory()
     return Calibration(workers, max_batch, batch_ms, images_s, time.perf_counter() - begin)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -19,8 +20,15 @@ from app.errors import StartupError
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-Provider = Literal["cpu", "cuda"]
-_PROVIDER_NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Provider = Literal["cpu", "cuda", "openvino"]
+Precision = Literal["f32", "bf16"]
+_PROVIDER_NAMES: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+_REPEATABLE: dict[Precision, float] = {"f32": 1e-4, "bf16": 0.1}
+"""Most that logits of the same image may differ by from run to run: other threads sum, and round, in another order."""
 
 
 class Answers(NamedTuple):
@@ -42,8 +50,11 @@ class Session:
 
     Args:
         model: verified model file.
-        provider: `auto`, `cpu` or `cuda`.
-        lone_threads: on a CPU, threads for a batch that has the machine to itself; 1 keeps no second copy of the model.
+        provider: `auto`, `cpu`, `cuda` or `openvino`. `auto` is CUDA if it works, else `cpu`, never `openvino`: that is
+            no faster in float32 (docs/performance.md), and bf16, which rounds, is for the operator to choose.
+        precision: of what OpenVINO computes; the other providers have float32 alone.
+        cores: this process may use. On a CPU a batch that has the machine to itself takes them all, in a second session; 1
+            keeps none.
 
     Attributes:
         metadata: what the artifact says of itself.
@@ -51,12 +62,21 @@ class Session:
         warm_up_ms: duration of the first runs, in milliseconds.
 
     Raises:
-        StartupError: CUDA was asked for and does not work, or the file is not a model of contract 2.
+        StartupError: what was asked for is not installed or does not work, or the file is not a model of contract 2.
     """
 
-    def __init__(self, model: VerifiedBytes, provider: Literal["auto", "cpu", "cuda"] = "auto", *, lone_threads: int = 1) -> None:
-        self.provider, self._session = _open(model, provider)
-        self._lone = _create(model, "cpu", lone_threads) if self.provider == "cpu" and lone_threads > 1 else self._session
+    def __init__(
+        self,
+        model: VerifiedBytes,
+        provider: Literal["auto", "cpu", "cuda", "openvino"] = "auto",
+        *,
+        precision: Precision = "f32",
+        cores: int = 1,
+    ) -> None:
+        self.provider, self._session = _open(model, provider, precision, cores)
+        self._precision = precision
+        shares = self.provider != "cuda" and cores > 1
+        self._lone = _create(model, self.provider, precision, threads=cores) if shares else self._session
         self.metadata: ArtifactMetadata = parse_metadata(self._session.get_modelmeta().custom_metadata_map)
         rule = self.metadata.out_of_distribution
         self._outputs = ["logits", "similarity"] if rule and rule.score == "feature_similarity" else ["logits"]
@@ -65,6 +85,8 @@ class Session:
         self._plain = onnxruntime.RunOptions()
         self._plain.only_execute_path_to_fetches = True
         self.warm_up_ms = self._warm_up()
+        if precision != "f32":
+            self._check_precision(model)
 
     def infer(self, images: NDArray[np.uint8], *, explain: bool = False, alone: bool = False) -> Answers:
         """Runs the model on a batch.
@@ -79,15 +101,37 @@ class Session:
         found = dict(zip(wanted, session.run(wanted, {"images": images}, self._plain), strict=True))
         return Answers(found["logits"], found.get("similarity"), found.get("class_maps"))
 
+    def release_memory(self) -> None:
+        """Gives back what larger batches than the last needed; the next larger one takes it again."""
+        if self.provider != "cpu":
+            return
+        last = onnxruntime.RunOptions()
+        last.only_execute_path_to_fetches = True
+        last.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        side = self.metadata.input_size
+        for session in {self._session, self._lone}:
+            session.run(["logits"], {"images": np.zeros((1, side, side, 3), np.uint8)}, last)
+
     def _warm_up(self) -> float:
         side = self.metadata.input_size
         begin = time.perf_counter()
         blank = np.zeros((1, side, side, 3), np.uint8)
         logits = self.infer(blank, explain=True).logits
         again = [self.infer(blank).logits, self.infer(blank, alone=True).logits]
-        if not np.isfinite(logits).all() or not np.allclose(logits, again, atol=1e-4):
+        if not np.isfinite(logits).all() or not np.allclose(logits, again, atol=_REPEATABLE[self._precision]):
             raise StartupError("the model's answer to a blank image is not finite or not repeatable; export it again")
         return (time.perf_counter() - begin) * 1000
+
+    def _check_precision(self, model: VerifiedBytes) -> None:
+        """OpenVINO says nothing when the CPU lacks a precision, and takes float32; but then nothing is rounded, either."""
+        side = self.metadata.input_size
+        noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
+        (exact,) = _create(model, "cpu", "f32").run(["logits"], {"images": noise})
+        if np.allclose(self.infer(noise).logits, exact, atol=_REPEATABLE["f32"]):
+            raise StartupError(
+                f"CONVMIXER_PRECISION={self._precision}, but on this CPU, which lacks it, OpenVINO computes in f32; "
+                "set CONVMIXER_PRECISION=f32"
+            )
 
 
 def available_cores() -> int:
@@ -102,14 +146,21 @@ def available_cores() -> int:
     return cores
 
 
-def _open(model: VerifiedBytes, wanted: Literal["auto", "cpu", "cuda"]) -> tuple[Provider, onnxruntime.InferenceSession]:
-    has_cuda = _PROVIDER_NAMES["cuda"] in onnxruntime.get_available_providers()
-    if wanted == "cuda" and not has_cuda:
+def _open(
+    model: VerifiedBytes, wanted: Literal["auto", "cpu", "cuda", "openvino"], precision: Precision, cores: int
+) -> tuple[Provider, onnxruntime.InferenceSession]:
+    installed = onnxruntime.get_available_providers()
+    if wanted != "auto" and _PROVIDER_NAMES[wanted] not in installed:
         raise StartupError(
-            "CONVMIXER_PROVIDER=cuda, but the installed onnxruntime has no CUDA provider; "
-            "install the [cuda] extra as README.md says, or set CONVMIXER_PROVIDER=cpu"
+            f"CONVMIXER_PROVIDER={wanted}, but the installed onnxruntime has no "
+            f"{_PROVIDER_NAMES[wanted].removesuffix('ExecutionProvider')} provider; "
+            f"install the [{wanted}] extra as README.md says, or set CONVMIXER_PROVIDER=cpu"
         )
-    if wanted == "cpu" or not has_cuda:
+    if precision != "f32" and wanted != "openvino":
+        raise StartupError(f"CONVMIXER_PRECISION={precision} is for CONVMIXER_PROVIDER=openvino; {wanted} computes in f32")
+    if wanted == "openvino":
+        return "openvino", _create(model, "openvino", precision, runs=cores)
+    if wanted == "cpu" or _PROVIDER_NAMES["cuda"] not in installed:
         return "cpu", _create(model, "cpu")
     # CUDA's libraries from PyPI lie where the loader does not look; "" means there, and not where PyTorch has its own
     onnxruntime.preload_dlls(directory="")
@@ -122,7 +173,10 @@ def _open(model: VerifiedBytes, wanted: Literal["auto", "cpu", "cuda"]) -> tuple
     return "cpu", _create(model, "cpu")
 
 
-def _create(model: VerifiedBytes, provider: Provider, threads: int = 1) -> onnxruntime.InferenceSession:
+def _create(
+    model: VerifiedBytes, provider: Provider, precision: Precision = "f32", *, threads: int = 1, runs: int = 1
+) -> onnxruntime.InferenceSession:
+    """A session whose runs take `threads` threads each, and of which `runs` may run side by side (OpenVINO alone asks)."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # One thread a run under load: workers run side by side, and on two cores two single-threaded
@@ -131,8 +185,15 @@ def _create(model: VerifiedBytes, provider: Provider, threads: int = 1) -> onnxr
     options.inter_op_num_threads = 1
     # helpers spin while a run lasts, which is what makes them fast, and sleep the moment it ends
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    choices = {}
+    if provider == "openvino":
+        # a part of the graph that OpenVINO cannot take would else go to onnxruntime's own kernels, without a word
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # OpenVINO computes in threads of its own, one stream a run, while the worker that asked waits: never more than cores
+        streams = {"NUM_STREAMS": str(runs), "INFERENCE_NUM_THREADS": str(runs * threads), "INFERENCE_PRECISION_HINT": precision}
+        choices = {"device_type": "CPU", "load_config": json.dumps({"CPU": streams})}
     try:
-        return onnxruntime.InferenceSession(model.content, options, providers=[_PROVIDER_NAMES[provider]])
+        return onnxruntime.InferenceSession(model.content, options, providers=[(_PROVIDER_NAMES[provider], choices)])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         raise StartupError(f"{model.path.name} is no model that onnxruntime can load: {error}") from error
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import signal
 import socket
+from pathlib import Path
 
 import httpx
 import onnxruntime
 import pytest
 
 WEBP = {"Content-Type": "image/webp"}
+WITH_OPENVINO = pytest.mark.skipif(
+    "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers(), reason="the [openvino] extra is not installed"
+)
 
 
 def test_probes_and_model_card(client):
@@ -109,11 +114,38 @@ def test_unknown_and_bad_settings_are_refused(start):
     assert "CONVMIXER_PORT" in refuses_to_start(start(port="http"))
 
 
-@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_asking_for_cuda_without_it_is_refused(start):
-    log = refuses_to_start(start(provider="cuda"))
-    assert "no CUDA provider" in log
-    assert "[cuda]" in log
+@pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("openvino", "OpenVINO")])
+def test_asking_for_a_provider_without_it_is_refused(start, provider, name):
+    if f"{name}ExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {name}")
+    log = refuses_to_start(start(provider=provider))
+    assert f"no {name} provider" in log
+    assert f"[{provider}]" in log
+
+
+def test_a_precision_that_the_provider_lacks_is_refused(start):
+    log = refuses_to_start(start(provider="cpu", precision="bf16"))
+    assert "CONVMIXER_PRECISION=bf16 is for CONVMIXER_PROVIDER=openvino" in log
+
+
+@WITH_OPENVINO
+def test_openvino_answers_what_the_cpu_answers(start, samples):
+    urls = {provider: start(provider=provider).wait_until_ready() for provider in ("cpu", "openvino")}
+    assert httpx.get(f"{urls['openvino']}/model").json()["provider"] == "openvino"
+    for sample in samples[::20]:
+        cpu, openvino = (httpx.post(f"{url}/classify", content=sample.data).json()["predictions"][0] for url in urls.values())
+        assert openvino["label"] == cpu["label"]
+        assert openvino["confidence"] == pytest.approx(cpu["confidence"], abs=1e-4)
+
+
+@WITH_OPENVINO
+def test_bf16_rounds_or_is_refused(start, samples):
+    server = start(provider="openvino", precision="bf16")
+    if re.search(r"\bavx512_bf16\b|\bamx_bf16\b", Path("/proc/cpuinfo").read_text()):
+        prediction = httpx.post(f"{server.wait_until_ready()}/classify", content=samples[0].data).json()["predictions"][0]
+        assert prediction["label"] == samples[0].label
+    else:
+        assert "set CONVMIXER_PRECISION=f32" in refuses_to_start(server)
 
 
 def test_a_port_in_use_is_refused(start):

@@ -184,7 +184,7 @@ async def model_config(request: Request) -> dict[str, Any]:
     }
 
 
-_KINDS = {"cpu": "CPU", "cuda": "GPU"}
+_KINDS = {"cpu": "CPU", "cuda": "GPU", "openvino": "CPU"}
 
 
 @router.get("/models/stats", summary="Counters of every model: of the one")

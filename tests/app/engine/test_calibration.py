@@ -26,6 +26,7 @@ def test_the_operators_word_counts(session):
     assert calibrate(session, cores=8, workers=3, max_batch=5).workers == 3
     found = calibrate(session, cores=1, max_batch=5)
     assert (found.workers, found.max_batch, found.batch_ms) == (1, 5, {})
+    assert found.images_s == {}, "one core leaves no choice, and a start no time to measure it"
 
 
 def test_the_largest_batch_that_is_as_good_as_the_best():

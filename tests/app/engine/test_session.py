@@ -1,4 +1,6 @@
 import hashlib
+import os
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -28,7 +30,7 @@ def test_a_batch_gives_what_its_images_give_alone(session, images):
 
 
 def test_every_core_at_once_gives_the_same(artifact_path, session, images):
-    both = Session(read_verified(artifact_path), "cpu", lone_threads=2)
+    both = Session(read_verified(artifact_path), "cpu", cores=2)
     for image in images:
         assert np.allclose(both.infer(image[None], alone=True).logits, session.infer(image[None]).logits, atol=1e-4)
     assert np.allclose(both.infer(images).logits, session.infer(images).logits, atol=1e-4)
@@ -42,6 +44,19 @@ def test_class_maps_average_to_the_logits(session, images):
     assert maps.shape == (len(images), 10, 16, 16)
     bias = logits - maps.mean((2, 3))
     assert np.allclose(bias, bias[0], atol=1e-3)
+
+
+def test_memory_of_large_batches_is_given_back(artifact_path, images):
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    session = Session(read_verified(artifact_path), "cpu", cores=2)
+    expected = session.infer(images[:1]).logits
+    session.infer(np.concatenate([images] * 12))
+    large = resident_mib()
+    session.release_memory()
+    assert resident_mib() < large - 16, "120 images take 31 MiB a layer's activations"
+    assert np.allclose(session.infer(images[:1]).logits, expected, atol=1e-4)
 
 
 def test_available_cores_is_within_this_machine():
