@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -52,7 +51,6 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         except StartupError as error:
             logger.critical("the service does not start: %s", error)
             raise
-        gc.freeze()  # what is loaded now stays: no collection under load need look through it
         async with tell_metrics(siblings, service.metrics.registry) if siblings else nullcontext():
             yield {"service": service}
         if close_metrics:
