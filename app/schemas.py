@@ -133,7 +133,7 @@ class ModelCard(BaseModel):
     workers: int
     max_batch: int
     warm_up_ms: float
-    batch_ms: dict[int, float] = Field(description="Measured at start: a batch on one worker by its size, in milliseconds.")
+    batch_ms: dict[int, float] = Field(description="Measured at start: a batch by its size, every worker having one, in ms.")
     images_per_second: dict[int, float] = Field(
         description="Images a second by number of workers, measured at start where there is a choice."
     )

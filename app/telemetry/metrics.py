@@ -192,7 +192,9 @@ def _state(service: Service) -> Iterator[Metric]:
         ("engine_alive", "1 while every worker runs and none hangs.", alive),
     ):
         yield GaugeMetricFamily(f"convmixer_{name}", text, float(value))
-    curve = GaugeMetricFamily("convmixer_calibration_batch_seconds", "A batch on one worker, at start.", labels=["images"])
+    curve = GaugeMetricFamily(
+        "convmixer_calibration_batch_seconds", "A batch at start, every worker having one.", labels=["images"]
+    )
     for size, milliseconds in calibration.batch_ms.items():
         curve.add_metric([str(size)], milliseconds / 1000)
     yield curve

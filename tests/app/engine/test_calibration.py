@@ -30,8 +30,8 @@ def test_the_operators_word_counts(session):
 
 
 def test_the_largest_batch_that_is_as_good_as_the_best():
-    assert _best_batch({1: 2.0, 2: 4.5, 4: 9.0}) == 1
-    assert _best_batch({1: 2.0, 2: 4.1, 4: 8.7, 8: 18.0}) == 4, "less than a tenth is no reason against it"
+    assert _best_batch({1: 2.0, 2: 4.7, 4: 9.4}) == 1
+    assert _best_batch({1: 2.0, 2: 4.1, 4: 9.1, 8: 18.6}) == 4, "a little more is no reason against it"
     assert _best_batch({1: 2.0, 2: 3.0, 4: 4.0, 8: 12.0}) == 4
 
 
