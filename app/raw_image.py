@@ -32,6 +32,8 @@ _FLAGS = {b"true": True, b"false": False}
 _MAX_DIGITS = 3
 """Longer numbers are the route's business."""
 _LONGEST_LENGTH = 12
+_LONGEST_HEAD = 2048
+"""Longer ones are parsed each time: what is kept counts once a connection."""
 _UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding", b"origin"))
 
 
@@ -99,8 +101,8 @@ class RepeatedHead:
 
     @classmethod
     def learn(cls, data: bytes, request: RawImageRequest) -> RepeatedHead | None:
-        """From what came in one piece, if that was this request and nothing else."""
-        end = data.find(b"\r\n\r\n") + 4
+        """From what came in one piece, if that was this request and nothing else, and its head is not too long to be kept."""
+        end = data.find(b"\r\n\r\n", 0, _LONGEST_HEAD) + 4
         lengths = list(_CONTENT_LENGTH.finditer(data, 0, end))
         if len(lengths) != 1 or len(data) - end != request.received:
             return None
@@ -116,8 +118,8 @@ class RepeatedHead:
         length = data[first:last]
         if last < 0 or not length.isdigit() or not data.startswith(self._after, last):
             return None
-        image = data[last + len(self._after) :]
-        return image if 0 < len(image) == int(length) <= self._max_body_bytes else None
+        begin = last + len(self._after)
+        return data[begin:] if 0 < len(data) - begin == int(length) <= self._max_body_bytes else None
 
 
 class RawImageRequest:

@@ -180,7 +180,7 @@ class Protocol(HttpToolsProtocol):
         """Bytes have arrived (asyncio)."""
         if self._deaf:
             return
-        self.active = time.monotonic()
+        self.active = begin = time.monotonic()
         self.idle.pop(self, None)
         whole = self._between and (self.cycle is None or self.cycle.response_complete)
         image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
@@ -189,7 +189,7 @@ class Protocol(HttpToolsProtocol):
             super().on_message_complete()
         else:
             self._parse(data)
-            if whole and self._between and self._raw and self._raw.begin == self.active and not self._repeated:
+            if whole and self._between and self._raw and self._raw.begin == begin and not self._repeated:
                 self._repeated = raw_image.RepeatedHead.learn(data, self._raw)
         if not self._between or self.cycle is None or self.cycle.response_complete:
             self.idle[self] = None
