@@ -78,7 +78,9 @@ def match(protocol: Protocol) -> Head | None:
     if not is_raw or not 0 < length <= protocol.settings.max_body_bytes or not protocol.service.keys.admit(protocol.headers):
         return None
     wanted = _wanted(query, deadline_ms)
-    return Head(wanted, request_id, protocol.parser.should_keep_alive(), protocol.headers) if wanted else None
+    # HTTP/1.0 could ask to be kept, but would wait for a header that says so
+    keep_alive = protocol.parser.should_keep_alive() and protocol.parser.get_http_version() != "1.0"
+    return Head(wanted, request_id, keep_alive, protocol.headers) if wanted else None
 
 
 class RepeatedHead:
@@ -180,7 +182,7 @@ class RawImageRequest:
         """The body is complete, or the client has left."""
         if self.disconnected:
             self.abandon()
-        elif not self.more_body and self.future is None:
+        elif not (self.more_body or self.response_complete) and self.future is None:
             self._begin()
 
     def abandon(self) -> None:

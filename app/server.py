@@ -2,7 +2,8 @@
 
 uvicorn waits for ever for the rest of a header or a body and takes headers of any size. `Protocol` adds: one deadline
 from a request's first byte to its last, a cap on its headers, a cap on connections, an end for clients that do not read
-their answers. Failures found here are problem documents like all others.
+their answers; and it closes idle connections by a sweep over all instead of a timer for each answer. Failures found here
+are problem documents like all others.
 
 One image as the raw body of `POST /classify` does not go through ASGI: `app.raw_image`.
 """
@@ -126,7 +127,8 @@ class Protocol(HttpToolsProtocol):
     Attributes:
         receive_by: time.monotonic() at which the request that is arriving must be complete; None while none is.
         active: time.monotonic() at which something last arrived, or an answer was written.
-        idle: the connections of this process that wait for their clients; the longest waiting first.
+        idle: the connections of this process that wait for their clients, whose uploads are not complete or who have nothing
+            in work; the longest waiting first.
     """
 
     idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
@@ -163,8 +165,8 @@ class Protocol(HttpToolsProtocol):
         for connection in list(islice(self.idle, _LOOKS)):
             if connection.transport.is_closing():
                 del self.idle[connection]
-            elif _has_something_to_read(connection.transport):
-                self.idle.move_to_end(connection)  # its client has just sent a request: closing now would lose it
+            elif connection.transport.get_write_buffer_size() or _has_something_to_read(connection.transport):
+                self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
             else:
                 connection.transport.abort()
                 return True
@@ -182,7 +184,8 @@ class Protocol(HttpToolsProtocol):
             return
         self.active = begin = time.monotonic()
         self.idle.pop(self, None)
-        whole = self._between and (self.cycle is None or self.cycle.response_complete)
+        # the parser rests: it has not even seen an empty line, which may stand before a request
+        whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
         image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
         if self._repeated and image is not None:
             self._start_raw(self._repeated.head).receive(image)
@@ -191,7 +194,8 @@ class Protocol(HttpToolsProtocol):
             self._parse(data)
             if whole and self._between and self._raw and self._raw.begin == begin and not self._repeated:
                 self._repeated = raw_image.RepeatedHead.learn(data, self._raw)
-        if not self._between or self.cycle is None or self.cycle.response_complete:
+        running = self._running
+        if running is None or running.response_complete or running.more_body:
             self.idle[self] = None
 
     def _parse(self, data: bytes) -> None:
@@ -270,6 +274,7 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         else:
+            self.idle.pop(self, None)
             self.idle[self] = None
 
     def send_400_response(self, msg: str) -> None:

@@ -89,6 +89,9 @@ def detect_layout(state_dict: dict[str, Tensor]) -> str:
 def infer_config(state_dict: dict[str, Tensor]) -> ConvMixerConfig:
     """The configuration of a native state dict, from the shapes of its tensors.
 
+    Shapes do not tell an activation or a residual connection: both are taken to be the paper's. A network of others (the
+    ConvMixer-768/32 that its authors released has ReLU) needs `dataclasses.replace` before it gives its own answers.
+
     Raises:
         ValueError: a key is missing or unexpected, or there is no block.
     """

@@ -54,7 +54,7 @@ def train(
     precision: PrecisionOption = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False,
 ) -> None:
-    """Train a ConvMixer; writes OUTPUT/model.safetensors."""
+    """Train a network; writes OUTPUT/model.safetensors."""
     from training.data import load_images
     from training.train import train as run
 

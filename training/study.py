@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model.architectures import build_network, count_macs
+from model.architectures import build_network, config_from_dict, count_macs
 from model.checkpoint import load_checkpoint
 from training import __version__
 from training.calibrate import CLASS_MEAN_IMAGES
@@ -141,12 +141,14 @@ def run_study(
         ResumeError: `output` holds a run of other settings, data or code.
         SystemExit: SIGTERM or SIGINT came; the run in hand was saved first.
     """
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     finished = {(c.name, c.config.seed): _load_result(output, c) for c in study.cells}
     if all(finished.values()):
         return collect(study, output)
     side = study.cells[0].config.image_size
     training = balanced_subset(load_images(data_path, "train", side), study.images)
+    if any(result["data_sha256"] != training.fingerprint() for result in finished.values() if result):
+        raise ResumeError(f"{output} holds runs on other images; choose another --output")
     test = load_images(data_path, "test", side)
     seconds = _estimate(study, training, len(test), output, runtime)
     here = [result for result in finished.values() if result and result["hardware"] == hardware(runtime)]
@@ -231,6 +233,14 @@ def measure_speed(config: TrainConfig, runtime: Runtime, seconds: float) -> tupl
     return rates[0], rates[1]
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a file that is either the old one or the whole new one, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(values, indent=1) + "\n")
+    draft.replace(path)
+
+
 def _of(study: Study, finished: dict[tuple[str, int], dict[str, Any] | None]) -> list[Cell]:
     return [cell for cell in study.cells if finished[cell.name, cell.config.seed]]
 
@@ -268,7 +278,7 @@ def _run(cell: Cell, training: ImageSet, test: ImageSet, output: Path, runtime: 
         "seed": cell.config.seed,
         "network": description["name"],
         "parameters": description["parameters"],
-        "macs": count_macs(cell.config.model, cell.config.image_size),
+        "macs": count_macs(config_from_dict(description["model"]), cell.config.image_size),
         "test_top1": report["top1"],
         "validation_top1": trained["history"][-1]["val_accuracy"],
         "train_loss": trained["history"][-1]["train_loss"],
@@ -285,9 +295,7 @@ def _run(cell: Cell, training: ImageSet, test: ImageSet, output: Path, runtime: 
         "code_version": __version__,
         "config": cell.config.to_dict(),
     }
-    draft = folder / "result.json.tmp"
-    draft.write_text(json.dumps(result, indent=2) + "\n")
-    draft.replace(folder / "result.json")
+    write_json(folder / "result.json", result)
     (folder / "last.safetensors").unlink(missing_ok=True)
     return True
 
@@ -301,8 +309,7 @@ def _estimate(study: Study, training: ImageSet, tests: int, output: Path, runtim
     for cell in tqdm({c.name: c for c in study.cells}.values(), desc="measuring", unit="cell", leave=False, disable=None):
         if cell.name not in speeds:
             speeds[cell.name] = measure_speed(cell.config, runtime, MEASURE_S)
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, on: speeds}, indent=2) + "\n")
+    write_json(path, {**known, on: speeds})
     seconds = {}
     for cell in study.cells:
         step, forward = speeds[cell.name]

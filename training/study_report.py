@@ -16,6 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from training.study import write_json
+
 CONFIDENCE = 0.95
 _MUTED = "#94a3b8"
 
@@ -85,8 +87,7 @@ def judge_all(verdicts: list[str]) -> str:
 def add_results(path: Path, budget: str, results: dict[str, Any]) -> None:
     """Puts a budget's results into the JSON file; those of other budgets stay."""
     studies = json.loads(path.read_text()) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**studies, budget: results}, indent=1) + "\n")
+    write_json(path, {**studies, budget: results})
 
 
 def write_report(results: Path, page: Path) -> None:
@@ -118,9 +119,11 @@ def render_page(studies: dict[str, Any]) -> str:
 Written by `convmixer-train study` from `study.json` beside it, which has every setting; do not edit. What is run and what is
 claimed is declared in `training/studies/`.
 
-Each network was trained once for each seed, all on the same images, with the same number of epochs and the same recipe, which
-was not tuned for any of them. ± is the 95 % interval of the mean over seeds (Student's t): how far other seeds might lead; the
-test images are the same for all. A difference has Welch's interval. A claim *held* if the whole interval is where the claim
+Each network was trained once for each seed, with the same number of epochs and the same recipe: this repository's CPU preset for
+ConvMixer with the usual epsilon of AdamW and without averaged weights, tried on none of the others, which favours ConvMixer if
+any. Runs of one seed see the same images; another seed holds out others. ± is the 95 % interval of the mean over seeds
+(Student's t): how well these seeds pin the mean down; the test images are the same for all. Seconds are of a machine that was not
+idle. A difference has Welch's interval. A claim *held* if the whole interval is where the claim
 wants it, *did not hold* if none of it is, and is *not decided* otherwise. No interval is corrected for being one of several.
 
 {sections}"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import threading
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -122,10 +123,16 @@ def _page(title: str, main: Path) -> Asset:
     )
 
 
-@functools.cache
+_schemas: dict[FastAPI, Asset] = {}
+_schema_lock = threading.Lock()
+
+
 def _schema(app: FastAPI) -> Asset:
     # FastAPI's own route builds it in the event loop, a tenth of a second, and writes it down again for every request
-    return _prepare(to_json(app.openapi()), "application/json")
+    with _schema_lock:
+        if app not in _schemas:
+            _schemas[app] = _prepare(to_json(app.openapi()), "application/json")
+        return _schemas[app]
 
 
 def _prepare(body: bytes, media_type: str) -> Asset:

@@ -28,9 +28,7 @@ MEDIA_TYPE = "application/problem+json"
 _OPEN_INFERENCE = re.compile(r"/v2(?:[/?]|$)")
 
 
-def problem_response(
-    path: str, error: ServiceError, request_id: str, predictions: list[Prediction] | None = None, timing: str | None = None
-) -> Response:
+def problem_response(path: str, error: ServiceError, request_id: str, predictions: list[Prediction] | None = None) -> Response:
     """The answer to a failed request.
 
     Args:
@@ -38,12 +36,8 @@ def problem_response(
         error: what went wrong.
         request_id: for the answer.
         predictions: each image's reason when several failed.
-        timing: the Server-Timing header, where nobody else adds it.
     """
-    headers = problem_headers(error)
-    if timing is not None:
-        headers["Server-Timing"] = timing
-    return _respond(path, error.status, error.code, error.detail, request_id, headers, predictions)
+    return _respond(path, error.status, error.code, error.detail, request_id, problem_headers(error), predictions)
 
 
 def problem_headers(error: ServiceError) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 from app.engine.session import Session
 
 BUDGET_S = 0.2
-"""Time for all of it; half for the curve, half for the workers."""
+"""Aimed at; half for the curve, half for the workers. A first pass over the batch sizes is always made."""
 
 _LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.15

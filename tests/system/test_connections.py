@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.server import ServerProcess
 
@@ -67,7 +70,9 @@ def test_pipelined_requests_of_both_ways_are_answered_in_order(base_url, client,
     assert len(set(alone)) == 3
 
 
-@pytest.mark.parametrize(("headers", "version"), [(("Connection: close",), "1.1"), ((), "1.0")])
+@pytest.mark.parametrize(
+    ("headers", "version"), [(["Connection: close"], "1.1"), ([], "1.0"), (["Connection: keep-alive"], "1.0")]
+)
 def test_the_connection_is_closed_when_the_client_wants_it(base_url, samples, headers, version):
     with connect(base_url) as connection:
         connection.sendall(classify_request(samples[0].data, *headers, version=version))
@@ -124,6 +129,42 @@ def test_a_head_that_came_before_vouches_for_nothing_but_itself(base_url, sample
             connection.sendall(piece)
         found, _, body = next(received)
     assert (found, body.get("code")) == (status, code)
+
+
+def test_an_empty_line_between_requests_is_no_request_and_silence_ends_the_connection(impatient, samples):
+    wire = classify_request(samples[0].data)
+    with connect(impatient) as connection:
+        received = answers(connection)
+        for before in (b"", b"", b"\r\n", b""):
+            connection.sendall(before)
+            connection.sendall(wire)
+            assert next(received)[0] == 200
+        assert list(received) == [], "closed without a word, neither early nor never"
+
+
+def test_a_request_in_work_is_no_idle_connection_whatever_follows_it(impatient):
+    large = io.BytesIO()
+    Image.new("RGB", (6000, 4000)).save(large, "PNG")
+    with ExitStack() as others, connect(impatient) as busy:
+        busy.sendall(classify_request(large.getvalue()) + b"POST /cl")
+        for _ in range(8):
+            others.enter_context(connect(impatient))
+        status, _, _ = next(answers(busy))
+    assert status == 200
+
+
+def test_a_refused_request_is_counted_once_and_holds_nothing_when_its_client_leaves(start, samples):
+    base_url = start().wait_until_ready()
+    wire = classify_request(samples[0].data, "X-Deadline-Ms: 1")
+    for _ in range(3):
+        with connect(base_url) as connection:
+            connection.sendall(wire[:-50])
+            time.sleep(0.05)  # the deadline passes
+            connection.sendall(wire[-50:])
+            assert next(answers(connection))[0] == 504
+    metrics = httpx.get(f"{base_url}/metrics").text
+    assert 'convmixer_requests_total{status="504"} 3.0' in metrics
+    assert "convmixer_held_bytes 0.0" in metrics
 
 
 def test_requests_of_one_head_may_be_pipelined_and_may_end_in_the_middle(base_url, client, samples):
