@@ -163,9 +163,13 @@ def test_an_interrupted_study_ends_with_the_same_results_and_page(
     before = first.stat().st_mtime_ns
     assert command_line(*arguments).code == 0
     assert first.stat().st_mtime_ns == before, "a finished run is not run again"
-    declared.write_text(TINY.replace("epochs = 2", "epochs = 3"))
-    with pytest.raises(ResumeError, match="is of other settings or another version"):
-        run_study(read_study(declared, "default"), CIFAR10, output, QUIET)
+    for old, new, message in (
+        ("epochs = 2", "epochs = 3", "is of other settings or another version"),
+        ("images = 100", "images = 50", "holds runs on other images"),
+    ):
+        declared.write_text(TINY.replace(old, new))
+        with pytest.raises(ResumeError, match=message):
+            run_study(read_study(declared, "default"), CIFAR10, output, QUIET)
 
 
 # Judging
