@@ -122,9 +122,9 @@ claimed is declared in `training/studies/`.
 Each network was trained once for each seed, with the same number of epochs and the same recipe: this repository's CPU preset for
 ConvMixer with the usual epsilon of AdamW and without averaged weights, tried on none of the others, which favours ConvMixer if
 any. Runs of one seed see the same images; another seed holds out others. ± is the 95 % interval of the mean over seeds
-(Student's t): how well these seeds pin the mean down; the test images are the same for all. Seconds are of a machine that was not
-idle. A difference has Welch's interval. A claim *held* if the whole interval is where the claim
-wants it, *did not hold* if none of it is, and is *not decided* otherwise. No interval is corrected for being one of several.
+(Student's t): how well these seeds pin the mean down; the test images are the same for all. A difference has Welch's interval. A
+claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided* otherwise. No
+interval is corrected for being one of several. Seconds are of whatever else the machine did, too; multiply-accumulates are not.
 
 {sections}"""
 
@@ -220,7 +220,7 @@ def _verdicts(study: dict[str, Any], cells: dict[str, list[dict[str, Any]]]) -> 
             found = difference(_percent(cells[first]), _percent(cells[second]))
             verdicts.append(judge(claim["test"], claim["margin"], found))
             details.append(f"{first} − {second}: {_signed(found)}, {verdicts[-1]}")
-        allowed = f" ({claim['margin']:g} points allowed)" if claim["margin"] else ""
+        allowed = f" ({claim['margin']:g} percentage point allowed)" if claim["margin"] else ""
         rows.append([claim["text"] + allowed, claim["paper"], f"**{judge_all(verdicts)}**", "<br>".join(details)])
     return rows
 
