@@ -63,7 +63,7 @@ def serve(
     from app.main import create_app
     from app.server import run
 
-    gc.freeze()  # nor need a collection under load look through it
+    gc.freeze()  # what is imported stays, so that no collection under load need look through it
     gc.enable()
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())

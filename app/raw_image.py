@@ -14,7 +14,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic_core import to_json
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from app.api.classify import RAW_TYPES, Wanted
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
@@ -260,19 +259,7 @@ class RawImageRequest:
 
     def _write(self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str]) -> None:
         self.response_started = True
-        self.protocol.transport.write(
-            b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
-            % (
-                STATUS_LINE[status],
-                b"".join([b"%b: %b\r\n" % header for header in self.protocol.server_state.default_headers]),
-                media_type.encode(),
-                len(body),
-                "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
-                self.request_id.encode(),
-                b"" if self.keep_alive else b"connection: close\r\n",
-                body,
-            )
-        )
+        self.protocol.write(status, media_type, body, headers, self.request_id, keep_alive=self.keep_alive)
 
     def _complete(
         self,

@@ -20,6 +20,7 @@ import socket
 import struct
 import time
 from collections import OrderedDict
+from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -27,7 +28,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app import raw_image
-from app.api.problems import problem_response
+from app.api.problems import problem_headers, problem_response
 from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.processes import ENGINE_FAILURE
 from app.protection import choose_request_id
@@ -35,8 +36,6 @@ from app.settings import Settings
 from app.telemetry.exchange import Exchange
 
 if TYPE_CHECKING:
-    from fastapi.responses import Response
-
     from app.protection import App
     from app.service import Service
 
@@ -340,25 +339,38 @@ class Protocol(HttpToolsProtocol):
         """Answers where there is no whole request."""
         exchange = Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
         response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
-        self.write(response, exchange.request_id, keep_alive=False)
+        media_type, body = str(response.media_type), bytes(response.body)
+        self.write(error.status, media_type, body, problem_headers(error), exchange.request_id, keep_alive=False)
         exchange.finish(response.status_code, len(response.body))
         self.service.metrics.count_failure(error.code, error.reason)
         self.service.tell(exchange)
 
-    def write(self, response: Response, request_id: str, *, keep_alive: bool) -> None:
+    def write(
+        self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
+    ) -> None:
         """Sends a whole answer.
 
         Args:
-            response: status, headers and body.
+            status: of the answer.
+            media_type: of the body.
+            body: all of it.
+            headers: besides those that every answer has.
             request_id: for the header.
             keep_alive: whether the client may send another request.
         """
-        parts = [STATUS_LINE[response.status_code]]
-        headers = [*self.server_state.default_headers, *response.raw_headers, (b"x-request-id", request_id.encode())]
-        parts += [b"%s: %s\r\n" % (name, value) for name, value in headers]
-        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        parts.append(bytes(response.body))
-        self.transport.write(b"".join(parts))
+        self.transport.write(
+            b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
+            % (
+                STATUS_LINE[status],
+                b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers]),
+                media_type.encode(),
+                len(body),
+                "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
+                request_id.encode(),
+                b"" if keep_alive else b"connection: close\r\n",
+                body,
+            )
+        )
 
 
 def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:

@@ -18,11 +18,11 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from matplotlib.axes import Axes
 from PIL import Image
 
 from model.checkpoint import Checkpoint
 from training.data import ImageSet
+from training.figures import finish
 
 _COLOR = "#2563eb"
 _MUTED = "#94a3b8"
@@ -85,7 +85,7 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     left.legend(frameon=False)
     right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_COLOR, marker="o", markersize=3)
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
-    _finish(figure, path, left, right)
+    finish(figure, path, left, right)
 
 
 def draw_confusion(evaluation: dict[str, Any], classes: list[str], path: Path) -> None:
@@ -104,7 +104,7 @@ def draw_confusion(evaluation: dict[str, Any], classes: list[str], path: Path) -
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title=f"% of each true class ({evaluation['images']:,} test images)")
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
@@ -122,7 +122,7 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
     )
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     axes.legend(frameon=False, loc="upper left")
-    _finish(figure, path, axes)
+    finish(figure, path, axes)
 
 
 def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) -> None:
@@ -136,16 +136,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) ->
         axes.imshow(data.images[mistake["index"]].permute(1, 2, 0).numpy())
         true, predicted = data.classes[mistake["label"]], data.classes[mistake["predicted"]]
         axes.set_title(f"{predicted} {mistake['confidence']:.0%}\nis {true}", fontsize=7)
-    _finish(figure, path)
-
-
-def _finish(figure: Any, path: Path, *axes: Axes) -> None:
-    for a in axes:
-        a.spines[["top", "right"]].set_visible(False)
-        a.grid(color="#e2e8f0", linewidth=0.6)
-        a.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    finish(figure, path)
 
 
 def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact: dict[str, Any], stem: str) -> str:

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from training.figures import finish
 from training.study import write_json
 
 CONFIDENCE = 0.95
@@ -258,7 +259,7 @@ def _draw_bars(study: dict[str, Any], path: Path) -> None:
         axes.scatter(values, [height] * len(values), color="black", s=6, zorder=3)
     axes.set_yticks(range(len(ordered)), ordered)
     axes.set(xlabel="test accuracy, % (95 % intervals; dots are runs; the axis does not begin at 0)", xlim=_limits(cells))
-    _finish(figure, path, axes)
+    finish(figure, path, axes)
 
 
 def _draw_costs(study: dict[str, Any], path: Path) -> None:
@@ -285,7 +286,7 @@ def _draw_costs(study: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set(xlabel="million multiply-accumulates an image", ylabel="test accuracy, %")
     panels[1].set(xlabel="seconds of training a run")
-    _finish(figure, path, *panels)
+    finish(figure, path, *panels)
 
 
 def _drawn(found: Estimate) -> float:
@@ -295,12 +296,3 @@ def _drawn(found: Estimate) -> float:
 def _limits(cells: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
     values = [value for runs in cells.values() for value in _percent(runs)]
     return max(0.0, min(values) - 4), min(100.0, max(values) + 4)
-
-
-def _finish(figure: Any, path: Path, *panels: Any) -> None:
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e2e8f0", linewidth=0.6)
-        axes.set_axisbelow(True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -72,7 +72,9 @@ def documentation(request: Request) -> Response:
 
 def schema(request: Request) -> Response:
     """The OpenAPI document."""
-    return _send(request, _schema(request.app))
+    with _schema_lock:  # or all who come first would build it, each for himself
+        asset = _schema(request.app)
+    return _send(request, asset)
 
 
 def card(request: Request) -> Response:
@@ -123,16 +125,13 @@ def _page(title: str, main: Path) -> Asset:
     )
 
 
-_schemas: dict[FastAPI, Asset] = {}
 _schema_lock = threading.Lock()
 
 
+@functools.cache
 def _schema(app: FastAPI) -> Asset:
     # FastAPI's own route builds it in the event loop, a tenth of a second, and writes it down again for every request
-    with _schema_lock:
-        if app not in _schemas:
-            _schemas[app] = _prepare(to_json(app.openapi()), "application/json")
-        return _schemas[app]
+    return _prepare(to_json(app.openapi()), "application/json")
 
 
 def _prepare(body: bytes, media_type: str) -> Asset:

@@ -5,7 +5,6 @@ What needs no cluster (shards, records, resuming after storage failed) is tested
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import secrets
@@ -23,23 +22,18 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
-
-from app.errors import StartupError
-from app.service import Service
-from app.settings import Settings
-from app.verdict import judge
-
-if importlib.util.find_spec("ray") is None or importlib.util.find_spec("pyarrow") is None:
-    pytest.skip("ray is not installed (pip install 'convmixer-serve[ray]')", allow_module_level=True)
-
-import pyarrow as pa
 from pyarrow import parquet
 
+from app.errors import StartupError
 from app.ray import classify_dataset
 from app.ray.records import compute_shards, engine
 from app.ray.shards import JobDescription, Place, Shards
+from app.service import Service
+from app.settings import Settings
+from app.verdict import judge
 
 GIVE_UP_S = 240
 REPEATS = 5
