@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,36 @@ def test_a_new_file_replaces_the_old_one_in_one_move(path: Path) -> None:
         save_checkpoint(path, {"t": torch.zeros(1000)}, {"step": 2})
         assert reader.read() == whole, "a file once published never changes"
     assert load_checkpoint(path).description == {"step": 2}
+
+
+def test_a_reader_beside_a_run_that_saves_sees_one_whole_file(path: Path) -> None:
+    """An evaluation, or a test that kills the run, may open the file at the moment another takes its name."""
+    versions = []
+    for step, size in enumerate((1, 300)):
+        version = path.with_name(str(step))
+        save_checkpoint(version, {"t": torch.full((size,), float(step))}, {"step": step, "long": "x" * size})
+        versions.append(version)
+    finished = threading.Event()
+
+    def keep_replacing() -> None:
+        for version in itertools.cycle(versions):
+            link = path.with_name("link")
+            link.hardlink_to(version)
+            link.replace(path)
+            link.unlink(missing_ok=True)  # a rename onto the same file is none
+            if finished.is_set():
+                return
+
+    shutil.copy(versions[0], path)
+    writer = threading.Thread(target=keep_replacing)
+    writer.start()
+    try:
+        for _ in range(2000):
+            checkpoint = load_checkpoint(path)
+            assert float(checkpoint.tensors["t"][0]) == checkpoint.description["step"]
+    finally:
+        finished.set()
+        writer.join()
 
 
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
