@@ -75,8 +75,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         # safe_open opens a name twice, header and tensors; a run that saves in between gives it halves of two files
         data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise CheckpointError(f"no checkpoint at {path}") from error
     except OSError as error:
-        raise CheckpointError(f"no checkpoint at {path}: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
         tensors = load(data)  # checks the header's length and offsets
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
