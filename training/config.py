@@ -54,8 +54,10 @@ class TrainConfig:
             4 pixels. Smaller images cost less: a way to more epochs on a CPU. 0 means `image_size` from the start.
         epochs: passes over the training slice.
         batch_size: images per optimizer step.
-        optimizer: `adamw` or `adam`.
+        optimizer: `adamw`, `adam`, or `muon`: AdamW with Muon for the hidden matrices (training/muon.py).
         lr: peak learning rate.
+        muon_lr: peak learning rate of Muon's matrices; it follows the same schedule.
+        muon_momentum: of Muon.
         schedule: `one-cycle` (linear from 0 to lr, then a half cosine to 0) or `constant`.
         warmup: share of the steps that the rise of `one-cycle` takes.
         weight_decay: of AdamW, on every parameter, as in the paper.
@@ -80,6 +82,8 @@ class TrainConfig:
     batch_size: int = 64
     optimizer: str = "adamw"
     lr: float = 0.01
+    muon_lr: float = 0.01
+    muon_momentum: float = 0.9
     schedule: str = "one-cycle"
     warmup: float = 0.3
     weight_decay: float = 0.01
@@ -96,11 +100,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require = {
-            "optimizer must be 'adamw' or 'adam'": self.optimizer in ("adamw", "adam"),
+            "optimizer must be 'adamw', 'adam' or 'muon'": self.optimizer in ("adamw", "adam", "muon"),
             "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
             "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,
             "start_size must be between 0 and image_size": 0 <= self.start_size <= self.image_size,
-            "lr must be positive": self.lr > 0,
+            "lr and muon_lr must be positive": min(self.lr, self.muon_lr) > 0,
+            "muon_momentum must be in [0, 1)": 0 <= self.muon_momentum < 1,
             "val_fraction must be in (0, 0.5]": 0 < self.val_fraction <= 0.5,
             "warmup must be in [0, 1)": 0 <= self.warmup < 1,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,

@@ -38,6 +38,7 @@ from training.distill import Distillation
 from training.distributed import join, local_device
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
+from training.muon import Muon, hidden_matrices
 from training.runtime import Runtime, autocast
 from training.state import Progress, TrainingState
 
@@ -226,8 +227,12 @@ def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(model.parameters(), lr=config.lr, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+    parameters = list(model.parameters())
+    settings: dict[str, Any] = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "muon":
+        ratio = config.muon_lr / config.lr
+        return Muon(parameters, hidden_matrices(model), ratio=ratio, momentum=config.muon_momentum, **settings)
+    return (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(parameters, **settings)
 
 
 def _progress_bar(config: TrainConfig, model: nn.Module, runtime: Runtime, done: int, total: int, *, shown: bool) -> tqdm[Any]:

@@ -166,6 +166,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
     [
         ({"augment.mixup": "0.5", "augment.cutmix": "0.5", "augment.randaugment_ops": "1"}, QUIET),
         ({"optimizer": "adam", "schedule": "constant", "clip_norm": "0", "ema_decay": "0"}, QUIET),
+        ({"optimizer": "muon", "muon_lr": "0.02"}, QUIET),
         ({"start_size": "24", "augment.pad_crop": "2", "epochs": "4"}, QUIET),
         ({"model.patch_size": "1", "model.kernel_size": "5", "label_smoothing": "0"}, QUIET),
         ({}, replace(QUIET, precision="bf16")),
@@ -173,7 +174,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"model.architecture": "vit", "model.patch_size": "4"}, QUIET),
         ({"model.architecture": "mlp-mixer", "ema_decay": "0"}, QUIET),
     ],
-    ids=["mixed targets", "reference optimizer", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
+    ids=["mixed targets", "Adam", "Muon", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
 )
 def test_every_kind_of_run_releases_a_network(
     animals: ImageSet, tmp_path: Path, settings: dict[str, str], runtime: Runtime
@@ -379,6 +380,15 @@ def test_a_run_stopped_by_its_deadline_goes_on(animals: ImageSet, whole_run: Pat
         train(config, animals, tmp_path, QUIET, deadline=0.0)
     assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == 1
     assert_same_weights(train(config, animals, tmp_path, QUIET, resume=True), whole_run)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_what_muon_remembers_is_resumed_too(animals: ImageSet, tmp_path: Path) -> None:
+    config = replace(TINY, optimizer="muon")
+    whole = train(config, animals, tmp_path / "whole", QUIET)
+    with pytest.raises(SystemExit):
+        train(config, animals, tmp_path, QUIET, deadline=0.0)
+    assert_same_weights(train(config, animals, tmp_path, QUIET, resume=True), whole)
 
 
 @pytest.fixture
