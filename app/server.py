@@ -131,6 +131,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
+    _written_headers: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
@@ -187,8 +188,11 @@ class Protocol(HttpToolsProtocol):
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
         image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
         if self._repeated and image is not None:
-            self._start_raw(self._repeated.head).receive(image)
-            super().on_message_complete()
+            if raw_image.refuse(self, self._repeated.head, image):
+                self.server_state.total_requests += 1
+            else:
+                self._start_raw(self._repeated.head).receive(image)
+                super().on_message_complete()
         else:
             self._parse(data)
             if whole and self._between and self._raw and self._raw.begin == begin and not self._repeated:
@@ -362,7 +366,7 @@ class Protocol(HttpToolsProtocol):
             b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
             % (
                 STATUS_LINE[status],
-                b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers]),
+                self._default_headers(),
                 media_type.encode(),
                 len(body),
                 "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
@@ -371,6 +375,13 @@ class Protocol(HttpToolsProtocol):
                 body,
             )
         )
+
+    def _default_headers(self) -> bytes:
+        """Those of every answer, written down anew when uvicorn has new ones: once a second, for the date."""
+        headers = self.server_state.default_headers
+        if Protocol._written_headers[0] is not headers:
+            Protocol._written_headers = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
+        return Protocol._written_headers[1]
 
 
 def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from app.engine.artifact import read_verified
@@ -18,7 +17,7 @@ from app.engine.statistics import InferenceStatistics
 from app.images import DecodeLimits
 from app.protection import ApiKeys, ByteBudget
 from app.settings import Settings
-from app.telemetry.exchange import Exchange
+from app.telemetry.exchange import Exchange, Watcher
 from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class Service:
     Attributes:
         siblings: folder in which the processes behind one address meet (`app.processes`); None if there is one process.
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
-        watchers: told of every answer: the access log, the traces. With none a request costs nothing for them.
+        watchers: told of answers: the access log, the traces.
 
     Raises:
         StartupError: the artifact, the provider or a setting is wrong.
@@ -49,7 +48,7 @@ class Service:
         self.session = Session(verified, settings.provider, precision=settings.precision, cores=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)
-        self.watchers: list[Callable[[Exchange], None]] = []
+        self.watchers: list[Watcher] = []
         self.statistics = InferenceStatistics()
         self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
@@ -84,6 +83,10 @@ class Service:
     def not_ready(self) -> str | None:
         """Why no more requests should be sent here, or None."""
         return "draining" if self.leaving or self.scheduler.draining else self.scheduler.failure()
+
+    def is_watched(self, status: int, seconds: float) -> bool:
+        """Whether a watcher is to be told of such an answer."""
+        return any(watcher.wants(status, seconds) for watcher in self.watchers)
 
     def tell(self, exchange: Exchange) -> None:
         """Tells the watchers of an answer."""

@@ -27,6 +27,7 @@ from app.load import prepare
 from app.server import Protocol
 from app.service import Service
 from app.settings import Settings
+from app.telemetry.logs import AccessLog
 from app.verdict import judge
 from benchmarks.serve import PHOTOS, processor
 
@@ -60,10 +61,16 @@ class Answering:
         """As the scheduler's."""
         return [Future()]
 
+    def refusal(self, image: bytes, **_: object) -> None:
+        """There is room."""
+
 
 async def measure() -> dict[str, float]:
     """Stages and their microseconds, medians of the rounds."""
-    service = Service(Settings.load())
+    settings = Settings.load()
+    service = Service(settings)
+    if settings.access_log != "off":
+        service.watchers.append(AccessLog(settings.access_log))
     body = sorted(PHOTOS.glob("*/*.webp"))[0].read_bytes()
     rule, limits = service.metadata.resize, DecodeLimits(10**7, 10**4)
     pixels = decode_image(body, rule, limits).pixels[np.newaxis]

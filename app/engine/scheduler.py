@@ -171,16 +171,8 @@ class Scheduler:
             keys = [self._key(data, explain) for data in images]
             # counted before anything is made: a refusal must cost next to nothing when they come by thousands
             count = self._count_new(keys)
-            waiting = self.waiting()
-            wait_s = self._predicted_wait_s(waiting, count)
-            full = waiting + count > self.max_queue
-            if count and (full or wait_s * _SAFETY > timeout_s):
-                raise Overloaded(
-                    f"{waiting} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
-                    f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
-                    retry_after_s=max(1, math.ceil(wait_s)),
-                    reason="queue_full" if full else "would_be_late",
-                )
+            if count and (refusal := self._refusal(count, timeout_s)):
+                raise refusal
             futures = []
             for data, key in zip(images, keys, strict=True):
                 asker = _Asker(now + timeout_s)
@@ -193,6 +185,25 @@ class Scheduler:
                     self._open[key] = item
                 self._waiting.put(item)
         return futures
+
+    def refusal(self, image: bytes, *, explain: bool, timeout_s: float) -> Overloaded | None:
+        """Why `submit` would refuse this image now; None if it would not, or is to be asked."""
+        if self._draining or self._key(image, explain) in self._open:
+            return None
+        return self._refusal(1, timeout_s)
+
+    def _refusal(self, count: int, timeout_s: float) -> Overloaded | None:
+        waiting = self.waiting()
+        wait_s = self._predicted_wait_s(waiting, count)
+        full = waiting + count > self.max_queue
+        if not full and wait_s * _SAFETY <= timeout_s:
+            return None
+        return Overloaded(
+            f"{waiting} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
+            f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
+            retry_after_s=max(1, math.ceil(wait_s)),
+            reason="queue_full" if full else "would_be_late",
+        )
 
     def _key(self, data: bytes | DecodedImage, explain: bool) -> _Key | None:
         """What makes two images the same work; None if it is not looked for."""

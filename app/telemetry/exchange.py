@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from app.engine.scheduler import Timing
@@ -53,6 +53,21 @@ class Exchange:
         self.seconds = time.monotonic() - self.begin
 
 
+class Watcher(Protocol):
+    """Is told of answers."""
+
+    def wants(self, status: int, seconds: float) -> bool:
+        """Whether it would do anything with such an answer; for the others nothing is made.
+
+        Args:
+            status: of the answer.
+            seconds: that it took.
+        """
+
+    def __call__(self, exchange: Exchange) -> None:
+        """An answer is ready."""
+
+
 def server_timing(timings: Iterable[Timing], seconds: float) -> str:
     """The `Server-Timing` header: the slowest image's time in each stage and all of it, in milliseconds (W3C Server Timing).
 
@@ -60,8 +75,8 @@ def server_timing(timings: Iterable[Timing], seconds: float) -> str:
         timings: of the request's images; without any only the whole is told.
         seconds: from the headers to the answer.
     """
-    stages = [(t.decode_s, t.queue_s, t.infer_s) for t in timings]
     total = f"total;dur={seconds * 1000:.2f}"
+    stages = [(t.decode_s, t.queue_s, t.infer_s) for t in timings] if timings else None
     if not stages:
         return total
     decode_s, queue_s, infer_s = stages[0] if len(stages) == 1 else map(max, zip(*stages, strict=True))

@@ -142,16 +142,19 @@ class AccessLog:
         self.all = which == "all"
         access.setLevel(logging.INFO)
 
+    def wants(self, status: int, seconds: float) -> bool:
+        """Whether such an answer gets a line."""
+        return self.all or (status >= 400 and status != 503) or seconds > SLOW_S
+
     def __call__(self, exchange: Exchange) -> None:
         """Tells of an answer."""
-        status = exchange.status
-        if not (self.all or (status >= 400 and status != 503) or exchange.seconds > SLOW_S):
+        if not self.wants(exchange.status, exchange.seconds):
             return
         line = access.makeRecord(access.name, logging.INFO, __file__, 0, "%s %s %d", _request_line(exchange), None)
         fields: dict[str, Any] = {
             "method": exchange.method,
             "path": exchange.path[:_LONGEST_PATH],
-            "status": status,
+            "status": exchange.status,
             "bytes": exchange.sent_bytes,
             "ms": round(exchange.seconds * 1000, 2),
             "images": len(exchange.timings),

@@ -100,6 +100,10 @@ class Traces:
         self._of_server = SpanKind.SERVER
         self._failed = Status(StatusCode.ERROR)
 
+    def wants(self, status: int, seconds: float) -> bool:
+        """Every answer: whether it is sampled is not for us to say."""
+        return True
+
     def __call__(self, exchange: Exchange) -> None:
         """Traces a request to the model; others, probes above all, are not worth it."""
         if not classifies(exchange.path):

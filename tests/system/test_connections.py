@@ -272,6 +272,39 @@ def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, sampl
         pass
 
 
+def test_refusals_by_either_way_are_the_same_and_all_are_counted(start, samples):
+    """The first on a connection is parsed and the others are not, yet a client or a metric must not see which was which."""
+    url = start(workers=1, max_batch=1, max_queue=1, max_pixels=50_000_000).wait_until_ready()
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")
+    with ExitStack() as stack:
+        for _ in range(2):  # one is decoded for some hundred milliseconds, one waits
+            stack.enter_context(connect(url)).sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
+        while "convmixer_queue_depth 1.0" not in httpx.get(f"{url}/metrics").text:
+            pass
+        client = stack.enter_context(connect(url))
+        received = []
+        for sample in samples[:5]:
+            client.sendall(classify_request(sample.data, "X-Request-ID: mine", "X-Deadline-Ms: 60000"))
+            received.append(next(answers(client)))
+        for _ in range(2):  # refused for another reason, and with an id of the server's
+            client.sendall(classify_request(samples[0].data))
+            received.append(next(answers(client)))
+    assert [status for status, _, _ in received] == [503] * 7
+    assert len({tuple(re.findall(rb"\r\n([a-z-]+):", head.lower())) for _, head, _ in received}) == 1
+    assert len({tuple(body) for _, _, body in received}) == 1
+    assert len({re.sub(r"\d+", "", body["detail"]) for _, _, body in received}) == 1
+    ids = [body["request_id"] for _, _, body in received]
+    assert ids[:5] == ["mine"] * 5
+    assert len(set(ids)) == 3
+    text = httpx.get(f"{url}/metrics").text
+    assert 'convmixer_requests_total{status="503"} 7.0' in text
+    assert 'convmixer_failures_total{code="overloaded"} 7.0' in text
+    assert 'convmixer_refused_total{reason="queue_full"} 7.0' in text
+    while "convmixer_held_bytes 0.0" not in httpx.get(f"{url}/metrics").text:
+        pass
+
+
 FORM = b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'
 
 
