@@ -81,7 +81,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = _NEWTON_SCHULZ
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    x: Tensor = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
