@@ -90,7 +90,7 @@ class Cluster:
                 found = replicas_up(self.operators)
 
     def _start(self, address: str) -> Target:
-        return Target(host=address, **self.settings)
+        return Target(None, host=address, **self.settings)
 
     def stop(self) -> None:
         """Ends all of it."""

@@ -44,15 +44,17 @@ class Target:
     """`convmixer serve` on a free port, with settings of the attack's own.
 
     Args:
+        cores: the only ones it may use; None for all.
         **settings: `CONVMIXER_*` without the prefix, in lower case.
     """
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, cores: set[int] | None = None, **settings: object) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
         environment |= {"CONVMIXER_PORT": "0", **{f"CONVMIXER_{k.upper()}": str(v) for k, v in settings.items()}}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "serve"], env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
-        )
+        command = [sys.executable, "-m", "app.cli", "serve"]
+        if cores:
+            command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
         self.log = ""
         listening = threading.Event()
         self._reader = threading.Thread(target=self._read_log, args=(listening,), daemon=True)
@@ -88,9 +90,9 @@ class Target:
 
 
 @contextlib.contextmanager
-def target(**settings: object) -> Iterator[Target]:
+def target(cores: set[int] | None = None, **settings: object) -> Iterator[Target]:
     """A running server, stopped at the end."""
-    server = Target(**settings)
+    server = Target(cores, **settings)
     try:
         yield server
     finally:

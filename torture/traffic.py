@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+import statistics
 import threading
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from app.load import prepare
+from app.load import Tally, prepare
 from benchmarks.clients import closed_loop, open_loop
 from torture.target import Finding, Target, metrics, now, percentile, pictures, post, read_answer, target, top_class
 
 DEADLINE_MS = 250
+ROUNDS, MOST_ROUNDS, MOST_STOLEN = 3, 7, 0.015
 REQUESTS = "convmixer_requests_total"
 FACTORS = {2: 0.95, 5: 0.90, 10: 0.85}
 
 
 class Probe(threading.Thread):
-    """Asks `/livez` and `/readyz` in turn, twenty times a second, from another thread, until stopped."""
+    """Asks `/livez` and `/readyz`, each five times a second, from another thread, until stopped."""
 
     def __init__(self, port: int) -> None:
         super().__init__(daemon=True)
@@ -29,7 +36,7 @@ class Probe(threading.Thread):
 
     def run(self) -> None:
         """Asks."""
-        while not self._end.wait(0.05):
+        while not self._end.wait(0.2):
             for path in ("livez", "readyz"):
                 begin = now()
                 try:
@@ -39,15 +46,18 @@ class Probe(threading.Thread):
                     self.wrong += 1
                 self.seconds.append(now() - begin)
 
-    def stop(self) -> str:
-        """What it saw."""
+    def stop(self) -> None:
+        """Ends it."""
         self._end.set()
         self.join()
-        return f"{len(self.seconds)} probes, p99 {percentile(self.seconds, 0.99) * 1000:.0f} ms, {self.wrong} wrong"
 
-    def kept(self) -> bool:
-        """Whether all were right and 99 % within 100 ms."""
-        return not self.wrong and percentile(self.seconds, 0.99) < 0.1
+
+def seen_by(probes: list[Probe], when: str) -> Finding:
+    """Whether all answers were right and 99 % came within 100 ms."""
+    seconds = [latency for probe in probes for latency in probe.seconds]
+    slow, wrong = percentile(seconds, 0.99), sum(probe.wrong for probe in probes)
+    figure = f"{len(seconds)} probes, p99 {slow * 1000:.0f} ms, {wrong} wrong"
+    return Finding(f"Health tells the truth {when}", figure, not wrong and slow < 0.1)
 
 
 def expected_labels(port: int, bodies: list[bytes]) -> list[Any]:
@@ -65,37 +75,101 @@ def expected_labels(port: int, bodies: list[bytes]) -> list[Any]:
     return asyncio.run(ask())
 
 
+@dataclass(frozen=True)
+class Attack:
+    """One overload.
+
+    Attributes:
+        tally: what became of its requests.
+        share: of the capacity right before and after it, answered in time.
+        stolen: share of the machine's time that its hypervisor gave to others meanwhile.
+        probe: who asked for the server's health meanwhile.
+    """
+
+    tally: Tally
+    share: float
+    stolen: float
+    probe: Probe
+
+
 def overload(seconds: float) -> list[Finding]:
-    """Requests at 2, 5 and 10 times the measured capacity, each with a deadline; probes meanwhile."""
-    findings = []
-    with target(max_connections=8192, coalesce="false") as server:
+    """Requests at 2, 5 and 10 times the capacity, each with a deadline; probes meanwhile.
+
+    The server has half of the cores and its attackers the others, as it is where clients are other machines: what they cost
+    must not be counted as lost by the server. Capacity is measured right before and after each overload and in several
+    rounds, since the speed of a shared machine drifts; rounds in which others had the machine are repeated, a few times.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    own, others = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
+    attacks = {factor: list[Attack]() for factor in FACTORS}
+    with _on_cores(others), target(own or None, max_connections=8192, coalesce="false") as server:
         bodies = pictures()
         labels = expected_labels(server.port, bodies)
-        requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
-        hurried = [
-            prepare(body, "image/webp", label, deadline_ms=DEADLINE_MS) for body, label in zip(bodies, labels, strict=True)
-        ]
-        rounds = [closed_loop(server.port, requests, clients, seconds) for clients in (8, 32)]
-        capacity = max(len(tally.right) / tally.seconds for tally in rounds)
-        for factor, goal in FACTORS.items():
-            probe = Probe(server.port)
-            tally = open_loop(server.port, hurried, factor * capacity, seconds)
-            seen = probe.stop()
-            goodput = sum(latency <= DEADLINE_MS / 1000 for latency in tally.right) / tally.seconds / capacity
-            accounted = len(tally.right) + len(tally.refused) + tally.late
-            refusal = percentile(tally.refused, 0.99) * 1000
-            slowest = 20 if factor == 2 else 50
-            findings += [
-                Finding(
-                    f"{factor} x capacity does not collapse",
-                    f"capacity {capacity:.0f}/s, sent {tally.sent / tally.seconds:.0f}/s: answered in time {goodput:.2f} of "
-                    f"capacity (goal {goal}); refused p99 {refusal:.0f} ms (goal {slowest}); {tally.late} late, {tally.wrong} "
-                    f"wrong, {tally.sent} sent = {accounted} accounted for",
-                    goodput >= goal and refusal < slowest and accounted == tally.sent and not tally.wrong,
-                ),
-                Finding(f"Health tells the truth at {factor} x capacity", seen, probe.kept()),
-            ]
-    return findings
+        images = list(zip(bodies, labels, strict=True))
+        requests = [prepare(body, "image/webp", label) for body, label in images]
+        hurried = [prepare(body, "image/webp", label, deadline_ms=DEADLINE_MS) for body, label in images]
+
+        def capacity() -> float:
+            tally = closed_loop(server.port, requests, 32, seconds / 2)
+            return len(tally.right) / tally.seconds
+
+        before = capacity()
+        first = before
+        for _ in range(MOST_ROUNDS):
+            for factor, done in attacks.items():
+                if sum(attack.stolen <= MOST_STOLEN for attack in done) >= ROUNDS:
+                    continue
+                probe, stolen, total = Probe(server.port), *_stolen_and_total()
+                tally = open_loop(server.port, hurried, factor * first, seconds)
+                stolen, total = (end - begin for end, begin in zip(_stolen_and_total(), (stolen, total), strict=True))
+                probe.stop()
+                after = capacity()
+                goodput = sum(latency <= DEADLINE_MS / 1000 for latency in tally.right) / tally.seconds
+                done.append(Attack(tally, goodput / ((before + after) / 2), stolen / total, probe))
+                before = after
+    on = f"{len(own) or len(cores)} of {len(cores)} cores"
+    return [finding for factor, done in attacks.items() for finding in _judge(factor, factor * first, on, done)]
+
+
+def _judge(factor: int, rate: float, on: str, done: list[Attack]) -> list[Finding]:
+    goal, slowest = FACTORS[factor], 20 if factor == 2 else 50
+    calmest = sorted(done, key=lambda attack: attack.stolen)[:ROUNDS]
+    shares = [attack.share for attack in calmest]
+    share = statistics.median(shares)
+    tallies = [attack.tally for attack in done]
+    sent, wrong = sum(tally.sent for tally in tallies), sum(tally.wrong for tally in tallies)
+    accounted = sum(len(tally.right) + len(tally.refused) + tally.late for tally in tallies)
+    refusal = percentile([latency for attack in calmest for latency in attack.tally.refused], 0.99) * 1000
+    return [
+        Finding(
+            f"{factor} x capacity does not collapse",
+            f"sent {rate:.0f}/s to {on}: answered in time {share:.2f} of capacity (goal {goal}; {min(shares):.2f} to "
+            f"{max(shares):.2f} in the {len(calmest)} of {len(done)} rounds with the least time taken by other machines, up to "
+            f"{calmest[-1].stolen:.1%}; {min(a.share for a in done):.2f} to {max(a.share for a in done):.2f} in all); refused "
+            f"p99 {refusal:.0f} ms (goal {slowest}); {sum(tally.late for tally in tallies)} late, {wrong} wrong, "
+            f"{sent} sent = {accounted} accounted for",
+            share >= goal and refusal < slowest and accounted == sent and not wrong,
+        ),
+        seen_by([attack.probe for attack in done], f"at {factor} x capacity"),
+    ]
+
+
+def _stolen_and_total() -> tuple[int, int]:
+    """Clock ticks of all cores since boot: given to others by the hypervisor, and all (proc_stat(5))."""
+    with Path("/proc/stat").open() as file:
+        ticks = [int(field) for field in file.readline().split()[1:9]]
+    return ticks[7], sum(ticks)
+
+
+@contextlib.contextmanager
+def _on_cores(cores: set[int]) -> Iterator[None]:
+    """This process, and what it starts, on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def mixed(requests: int) -> Finding:
