@@ -1,0 +1,149 @@
+"""Which graph of the same network is fast: artifacts side by side, where their time goes, and what int8 would do.
+
+    python -m benchmarks.graph app/artifacts/fast.onnx [OTHER.onnx ...] [--int8 --data CIFAR10]
+
+Times are medians of alternating runs. `--int8` adds the first artifact quantised by onnxruntime's own tool (static, one scale
+a channel, calibrated on training images), and the accuracy of all of them on the test set. An earlier artifact:
+`git show COMMIT:app/artifacts/fast.onnx > OTHER.onnx`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from benchmarks.serve import processor
+from training.data import load_images
+
+ROUNDS = 20
+CALIBRATION_IMAGES = 512
+OPERATORS = 6
+Pixels = NDArray[np.uint8]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, nargs="+")
+    parser.add_argument("--int8", action="store_true", help="add the first one in int8, and the accuracy of all")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as folders; downloaded without")
+    options = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    print(f"{processor()}, onnxruntime {onnxruntime.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        graphs: dict[str, Path] = {str(path): path for path in options.artifacts}
+        first = options.artifacts[0]
+        if options.int8:
+            graphs["int8"] = quantize(first, options.data, Path(folder) / "int8.onnx")
+        for threads, batch in dict.fromkeys([(1, 1), (1, 8), (cores, 1)]):
+            print(f"\nms an image, {threads} threads, batches of {batch}; ratio to the first")
+            times = side_by_side(list(graphs.values()), threads, batch)
+            for name, milliseconds in zip(graphs, times, strict=True):
+                print(f"  {milliseconds:6.2f}  {times[0] / milliseconds:.2f}  {name}")
+        for name, path in graphs.items():
+            shares = operator_shares(path, Path(folder))
+            print(f"\n{name}: " + ", ".join(f"{operator} {share:.0%}" for operator, share in shares))
+        if options.int8:
+            images, labels = test_images(first, options.data)
+            print()
+            for name, path in graphs.items():
+                print(f"accuracy {accuracy(path, images, labels):.4f}  {name}")
+
+
+def session(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session as the service has it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def noise(batch: int, side: int) -> Pixels:
+    """Images that take as long as any: uint8 [batch, side, side, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
+
+
+def side(of: onnxruntime.InferenceSession) -> int:
+    """Of the images it takes."""
+    return int(of.get_inputs()[0].shape[1])
+
+
+def side_by_side(paths: list[Path], threads: int, batch: int) -> list[float]:
+    """Milliseconds an image of each graph, run in turn."""
+    sessions = [session(path, threads) for path in paths]
+    images = noise(batch, side(sessions[0]))
+    seconds: list[list[float]] = [[] for _ in sessions]
+    for _ in range(ROUNDS):
+        for running, done in zip(sessions, seconds, strict=True):
+            begin = time.perf_counter()
+            running.run(["logits"], {"images": images})
+            done.append(time.perf_counter() - begin)
+    return [float(np.median(done[1:])) / batch * 1000 for done in seconds]
+
+
+def operator_shares(path: Path, folder: Path) -> list[tuple[str, float]]:
+    """Kinds of operators and their shares of the time, after onnxruntime's optimisation, one thread, batches of 8."""
+    running = session(path, 1, folder / "profile")
+    images = noise(8, side(running))
+    for _ in range(ROUNDS):
+        running.run(["logits"], {"images": images})
+    spent: Counter[str] = Counter()
+    for event in json.loads(Path(running.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return [(operator, time / spent.total()) for operator, time in spent.most_common(OPERATORS)]
+
+
+def quantize(path: Path, data: Path | None, output: Path) -> Path:
+    """The graph in int8."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    image_set = load_images(data, "train", side(session(path, 1)))
+    chosen = np.random.default_rng(0).choice(len(image_set), CALIBRATION_IMAGES, replace=False)
+    pixels = image_set.images[chosen].permute(0, 2, 3, 1).contiguous().numpy()
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(np.split(pixels, len(pixels) // 32))
+
+        def get_next(self) -> dict[str, Pixels] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    prepared = output.with_suffix(".prepared")
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    # without VNNI the products of two 8-bit numbers are added in 16 bits: 7-bit weights cannot overflow
+    quantize_static(prepared, output, Reader(), per_channel=True, weight_type=QuantType.QInt8, reduce_range=True)
+    return output
+
+
+def test_images(path: Path, data: Path | None) -> tuple[Pixels, NDArray[np.int64]]:
+    """Test set: uint8 [N, S, S, 3] and labels [N]."""
+    image_set = load_images(data, "test", side(session(path, 1)))
+    return image_set.images.permute(0, 2, 3, 1).contiguous().numpy(), image_set.labels.numpy()
+
+
+def accuracy(path: Path, images: Pixels, labels: NDArray[np.int64]) -> float:
+    """Share of right answers."""
+    running = session(path, len(os.sched_getaffinity(0)))
+    answers = [
+        running.run(["logits"], {"images": part})[0].argmax(1) for part in np.array_split(images, max(1, len(images) // 32))
+    ]
+    return float((np.concatenate(answers) == labels).mean())
+
+
+if __name__ == "__main__":
+    main()
