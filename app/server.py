@@ -89,8 +89,7 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()
         if counter % 5 == 0:  # uvicorn ticks ten times a second
-            for connection in list(self.server_state.connections):
-                cast("Protocol", connection).enforce_deadlines(now)
+            self._enforce_deadlines(now)
             service: Service = self.lifespan.state["service"]
             if service.settings.processes > 1:
                 self._answer_to_parent(service)
@@ -101,6 +100,24 @@ class _Server(uvicorn.Server):
             service.leaving = True
             self._leave_at = now + service.settings.shutdown_delay_s
         return self.force_exit or now >= self._leave_at
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for open requests; uvicorn no longer ticks then, and uploads that never end would hold it to the last."""
+
+        async def enforce() -> None:
+            while True:
+                self._enforce_deadlines(time.monotonic())
+                await asyncio.sleep(0.5)
+
+        enforcing = asyncio.get_running_loop().create_task(enforce())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            enforcing.cancel()
+
+    def _enforce_deadlines(self, now: float) -> None:
+        for connection in list(self.server_state.connections):
+            cast("Protocol", connection).enforce_deadlines(now)
 
     def _answer_to_parent(self, service: Service) -> None:
         """Makes room for a sound process if the engine has failed, and leaves if nobody is there to do so."""

@@ -71,6 +71,18 @@ def test_sigterm_finishes_open_requests_and_exits_with_0(start, samples):
     assert "Traceback" not in server.log
 
 
+def test_an_upload_that_never_ends_does_not_hold_up_the_end(start):
+    server = start(receive_timeout_s=2, drain_timeout_s=600)
+    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf")
+        httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
+        server.process.send_signal(signal.SIGTERM)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert server.wait() == 0
+
+
 def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(start, samples):
     server = start(shutdown_delay_s=3)
     url = server.wait_until_ready()
