@@ -1,4 +1,4 @@
-"""The `convmixer-train` command: train, evaluate, calibrate, export, card, study. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The `convmixer-train` command, from images to a served artifact. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -81,6 +81,22 @@ def evaluate(
     path = output or checkpoint.with_name("evaluation.json")
     report = run(checkpoint, data, path, _usable_device(device))
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
+
+
+@app.command()
+def average(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Released checkpoints of one network, e.g. ends of successive cycles.")
+    ],
+    output: Annotated[Path, typer.Option(help="Where to write the mean of their weights.")],
+    data: DataOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Average the weights of released checkpoints, and calibrate the result."""
+    from training.average import average as run
+
+    accuracy = run(checkpoints, output, data, _usable_device(device))
+    typer.echo(f"validation {accuracy:.2%}  released {output}; evaluate it")
 
 
 @app.command()

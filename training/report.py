@@ -155,12 +155,16 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
     if init := training.get("init"):
         batches += f", after {init['epochs']} epochs that made the weights it began with (checkpoint `{init['sha256'][:12]}…`)"
         minutes += f", after {init['seconds'] / 60:.0f} for those,"
+    validation = training["history"][-1]["val_accuracy"]
+    if averaged := training.get("averaged"):
+        parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
+        batches += f"; then the weights were averaged over the checkpoints {parts}, of which it is the last"
+        validation = averaged["val_accuracy"]
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
         f"one run, seed {config['seed']})",
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
-        "Validation accuracy": f"{training['history'][-1]['val_accuracy']:.2%} "
-        f"({training['validation_images']:,} held-out images)",
+        "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
         "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; "
         f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}",

@@ -1,0 +1,92 @@
+"""The mean of checkpoints is a released checkpoint, and only equals are averaged."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from tests.training.conftest import CIFAR10, QUIET, TINY
+from training.average import average
+from training.data import ImageSet, split_validation
+from training.errors import ConfigError, DataError
+from training.evaluate import compute_logits, evaluate
+from training.release import export_artifact, write_card_for
+from training.train import train
+
+
+@pytest.fixture(scope="module")
+def further(trained: Path, photos: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One more cycle, from where the first run ended."""
+    return train(TINY, photos, tmp_path_factory.mktemp("further"), QUIET, init=trained)
+
+
+def test_weights_are_averaged_and_the_rest_is_measured_anew(
+    trained: Path, further: Path, photos: ImageSet, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "model.safetensors"
+    accuracy = average([trained, further], output, CIFAR10, "cpu")
+    first, last, found = (load_checkpoint(path) for path in (trained, further, output))
+    weights = [name for name in found.tensors if name.endswith(("weight", "bias"))]
+    assert len(weights) > 10
+    for name in weights:
+        torch.testing.assert_close(found.tensors[name], (first.tensors[name] + last.tensors[name]) / 2)
+    measured = [name for name in found.tensors if name.endswith("running_mean")] + [CLASS_MEANS]
+    for name in measured:
+        assert not torch.allclose(found.tensors[name], (first.tensors[name] + last.tensors[name]) / 2, rtol=1e-4, atol=1e-6), name
+
+    _, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
+    answers = compute_logits(build_model(found), validation, TINY, torch.device("cpu")).argmax(1)
+    assert accuracy == pytest.approx(float((answers == validation.labels).float().mean()))
+    averaged = found.description["training"]["averaged"]
+    assert averaged["sha256"] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (trained, further)]
+    assert found.description["calibration"] != last.description["calibration"]
+
+    evaluate(output, CIFAR10, output.with_name("evaluation.json"), "cpu")
+    artifact = tmp_path / "mean.onnx"
+    export_artifact(output, artifact, CIFAR10, name="mean", version="1.0.0", command="")
+    card = tmp_path / "card.md"
+    write_card_for(output, artifact, CIFAR10, card)
+    text = card.read_text()
+    assert f"| Validation accuracy | {accuracy:.2%} " in text
+    assert all(f"`{sha256[:12]}…`" in text for sha256 in averaged["sha256"])
+
+
+def test_batch_normalisation_sees_what_it_will_see(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    """Of one network twice the weights stay, so its first normalisation must have the statistics of its own features."""
+    output = tmp_path / "model.safetensors"
+    average([trained, trained], output, CIFAR10, "cpu")
+    network = build_model(load_checkpoint(output))
+    training, _ = split_validation(photos, TINY.val_fraction, TINY.seed)
+    seen: list[torch.Tensor] = []
+    network.stem.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
+    compute_logits(network, training, TINY, torch.device("cpu"))
+    torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), network.stem.norm.running_mean, atol=1e-2, rtol=5e-2)  # type: ignore[union-attr]
+
+
+def test_only_equals_are_averaged(
+    trained: Path, photos: ImageSet, folder_of: Callable[..., Path], tmp_path: Path, no_compiler: None
+) -> None:
+    output = tmp_path / "model.safetensors"
+    with pytest.raises(ConfigError, match="at least two"):
+        average([trained], output, CIFAR10, "cpu")
+    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+        average([trained.with_name("last.safetensors"), trained], output, CIFAR10, "cpu")
+    with pytest.raises(DataError, match="give the same --data"):
+        average([trained, trained], output, folder_of("cat", "dog"), "cpu")
+    wider = train(replace(TINY, model=replace(TINY.model, hidden_dim=8), epochs=1), photos, tmp_path / "wider", QUIET)
+    with pytest.raises(ConfigError, match="different networks"):
+        average([wider, trained], output, CIFAR10, "cpu")
+    found = load_checkpoint(trained)
+    training = found.description["training"]
+    other = tmp_path / "other.safetensors"
+    description = {**found.description, "training": {**training, "config": {**training["config"], "seed": 7}}}
+    save_checkpoint(other, found.tensors, description)
+    with pytest.raises(DataError, match="held out"):
+        average([other, trained], output, CIFAR10, "cpu")
+    assert not output.exists()

@@ -1,0 +1,103 @@
+"""One network from several of the same run's line: the mean of their weights.
+
+Averaging Weights Leads to Wider Optima and Better Generalization (arXiv 1803.05407): the ends of successive learning-rate
+cycles lie around a flat region, and their mean, with batch normalisation measured anew, is better than any of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+
+from model.architectures import config_from_dict
+from model.checkpoint import CLASS_MEANS, Checkpoint, build_model, load_checkpoint, save_checkpoint
+from training.augment import normalization
+from training.calibrate import calibrate
+from training.config import TrainConfig
+from training.data import load_images, split_validation
+from training.errors import ConfigError, DataError
+from training.evaluate import compute_logits
+
+BATCH_NORM_IMAGES = 5000
+"""Training images from which batch normalisation takes its statistics."""
+_BATCH_SIZE = 50
+_SAME = ("classes", "image_size", "normalize_mean", "normalize_std")
+
+
+def average(paths: list[Path], output: Path, data_path: Path | None, device: str) -> float:
+    """Writes the mean of released checkpoints as a released checkpoint, calibrated; it is yet to be evaluated.
+
+    Args:
+        paths: two or more `model.safetensors`; settings and history are taken from the last.
+        output: file to write.
+        data_path: what they were trained with, see `training.data.load_images`.
+        device: torch device.
+
+    Returns:
+        Accuracy on the held-out slice.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
+        ConfigError: fewer than two, or they hold different networks.
+        DataError: the data cannot be read, or one was trained with others or another held-out slice.
+        OSError: the output cannot be written.
+    """
+    if len(paths) < 2:
+        raise ConfigError("an average needs at least two checkpoints")
+    checkpoints = [load_checkpoint(path) for path in paths]
+    for checkpoint in checkpoints:
+        build_model(checkpoint)  # one that is still in training has no description of a network
+    last = checkpoints[-1].description
+    config = TrainConfig.from_dict(last["training"]["config"])
+    data = load_images(data_path, "train", last["image_size"])
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        _check(path, checkpoint.description, last, data.fingerprint())
+    training, validation = split_validation(data, config.val_fraction, config.seed)
+
+    network = build_model(Checkpoint(_mean([checkpoint.tensors for checkpoint in checkpoints]), last))
+    network = network.to(device).to(memory_format=torch.channels_last)
+    normalize = normalization(config)
+    sample = training.images[torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed))]
+    batches = sample[:BATCH_NORM_IMAGES].split(_BATCH_SIZE)
+    update_bn((normalize(batch.to(device)) for batch in batches), network)
+
+    fitted = calibrate(network, training, validation, config, torch.device(device))
+    accuracy = float(
+        (compute_logits(network, validation, config, torch.device(device)).argmax(1) == validation.labels).float().mean()
+    )
+    parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    description = {
+        **last,
+        "calibration": fitted.figures,
+        "training": {**last["training"], "averaged": {"sha256": parts, "val_accuracy": accuracy}},
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    save_checkpoint(output, {**tensors, CLASS_MEANS: fitted.class_means}, description)
+    return accuracy
+
+
+def _check(path: Path, found: dict[str, Any], last: dict[str, Any], fingerprint: str) -> None:
+    different = [key for key in _SAME if found[key] != last[key]]
+    if config_from_dict(found["model"]) != config_from_dict(last["model"]):
+        different.append("networks")
+    if different:
+        raise ConfigError(f"{path} and the last checkpoint have different {', '.join(different)}; only equals can be averaged")
+    if found["training"]["data_sha256"] != fingerprint:
+        raise DataError(f"the data given are not what {path} was trained with; give the same --data")
+    held_out = [(of["training"]["config"]["val_fraction"], of["training"]["config"]["seed"]) for of in (found, last)]
+    if held_out[0] != held_out[1]:
+        raise DataError(f"{path} was trained with images that the last checkpoint held out; seed and val_fraction must be equal")
+
+
+def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        name: torch.stack([state[name] for state in states]).mean(0) if tensor.is_floating_point() else tensor
+        for name, tensor in states[-1].items()
+        if name != CLASS_MEANS
+    }
