@@ -158,7 +158,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
     validation = training["history"][-1]["val_accuracy"]
     if averaged := training.get("averaged"):
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
-        batches += f"; then the weights were averaged over the checkpoints {parts}, of which it is the last"
+        batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
         validation = averaged["val_accuracy"]
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "

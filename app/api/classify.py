@@ -59,15 +59,15 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.2.0"},
+    "model": {"name": "fast", "version": "1.3.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.994,
+            "confidence": 0.995,
             "in_distribution": True,
-            "in_distribution_score": 0.787,
-            "top_k": [{"label": "cat", "probability": 0.994}, {"label": "dog", "probability": 0.0015}],
+            "in_distribution_score": 0.809,
+            "top_k": [{"label": "cat", "probability": 0.995}, {"label": "airplane", "probability": 0.0014}],
             "warnings": [],
         }
     ],
