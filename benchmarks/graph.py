@@ -126,7 +126,8 @@ def quantize(path: Path, data: Path | None, output: Path) -> Path:
     prepared = output.with_suffix(".prepared")
     quant_pre_process(path, prepared, skip_symbolic_shape=True)
     # without VNNI the products of two 8-bit numbers are added in 16 bits: 7-bit weights cannot overflow
-    quantize_static(prepared, output, Reader(), per_channel=True, weight_type=QuantType.QInt8, reduce_range=True)
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, output, Reader(), per_channel=True, reduce_range=True, **kinds)
     return output
 
 
