@@ -1,7 +1,7 @@
 """A pure-ASGI guard in front of every route: request id, body size.
 
 Not a BaseHTTPMiddleware: that costs more than a whole route. The size is checked while bytes stream in, so also for
-chunked bodies without Content-Length. How long they may take is the server's business (`app.server`).
+chunked bodies without Content-Length. How long they may take is the server's business (`app.connection`).
 """
 
 from __future__ import annotations

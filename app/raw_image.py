@@ -24,7 +24,7 @@ from app.telemetry.exchange import Exchange, server_timing
 from app.verdict import judge
 
 if TYPE_CHECKING:
-    from app.server import Protocol
+    from app.connection import Protocol
 
 _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
@@ -144,7 +144,8 @@ def refuse(protocol: Protocol, head: Head, image: bytes) -> bool:
     headers["Server-Timing"] = server_timing((), time.monotonic() - protocol.active)
     body = problem_body(error.status, error.code, error.detail, request_id)
     protocol.write(error.status, MEDIA_TYPE, body, headers, request_id, keep_alive=True)
-    service.metrics.count_refusal(error)
+    service.metrics.count_failure(error.code, error.reason)
+    service.metrics.count_request(error.status)
     return True
 
 

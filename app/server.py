@@ -1,11 +1,6 @@
-"""The HTTP/1.1 server: uvicorn's, with the deadlines and caps it lacks.
+"""The HTTP/1.1 server: uvicorn's, which sweeps over its connections, says when it leaves, and ends what hangs.
 
-uvicorn waits for ever for the rest of a header or a body and takes headers of any size. `Protocol` adds: one deadline
-from a request's first byte to its last, a cap on its headers, a cap on connections, an end for clients that do not read
-their answers; and it closes idle connections by a sweep over all instead of a timer for each answer. Failures found here
-are problem documents like all others.
-
-One image as the raw body of `POST /classify` does not go through ASGI: `app.raw_image`.
+What one connection may do is in `app.connection`.
 """
 
 from __future__ import annotations
@@ -15,39 +10,21 @@ import contextlib
 import logging
 import os
 import resource
-import select
 import socket
-import struct
 import time
-from collections import OrderedDict
-from http import HTTPStatus
-from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from app import raw_image
-from app.api.problems import problem_headers, problem_response
-from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.connection import Protocol
 from app.processes import ENGINE_FAILURE
-from app.protection import choose_request_id
 from app.settings import Settings
-from app.telemetry.exchange import Exchange
 
 if TYPE_CHECKING:
     from app.protection import App
     from app.service import Service
 
 logger = logging.getLogger(__name__)
-
-MAX_HEADER_BYTES = 32 * 1024
-MAX_HEADERS = 100
-MAX_PIPELINED = 32
-"""Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
-
-_LOOKS = 64
-"""Connections looked at for one that may be closed to make room."""
 
 _STARTUP_FAILURE = 3
 """Exit code, as uvicorn's own."""
@@ -135,273 +112,3 @@ def _allow_open_files(connections: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):  # not allowed: then the lower limit stands
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-class Protocol(HttpToolsProtocol):
-    """One connection.
-
-    Attributes:
-        receive_by: time.monotonic() at which the request that is arriving must be complete; None while none is.
-        active: time.monotonic() at which something last arrived, or an answer was written.
-        idle: the connections of this process that wait for their clients, whose uploads are not complete or who have nothing
-            in work; the longest waiting first.
-    """
-
-    idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
-    _written_headers: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
-
-    def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.url = b""  # uvicorn's, of the request that came last
-        self.service: Service = app_state["service"]
-        self.settings = self.service.settings
-        self.receive_by: float | None = None
-        self.active = time.monotonic()
-        self._raw: raw_image.RawImageRequest | None = None
-        self._repeated: raw_image.RepeatedHead | None = None
-        self._running: RequestResponseCycle | raw_image.RawImageRequest | None = None
-        self._between = True  # nothing of a request has come since the last one's end
-        self._in_headers = True
-        self._header_bytes = 0  # of headers that are not complete
-        self._parsed_bytes = 0
-        self._deaf = False
-        self._stuck_since: float | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected (asyncio)."""
-        full = len(self.connections) >= self.settings.max_connections
-        super().connection_made(transport)
-        self.receive_by = self.active + self.settings.receive_timeout_s
-        if full and not self._make_room():
-            limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
-            self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections"))
-        self.idle[self] = None
-
-    def _make_room(self) -> bool:
-        """Closes the connection that has waited longest for its client; False if none waits."""
-        for connection in list(islice(self.idle, _LOOKS)):
-            if connection.transport.is_closing():
-                del self.idle[connection]
-            elif connection.transport.get_write_buffer_size() or _has_something_to_read(connection.transport):
-                self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
-            else:
-                connection.transport.abort()
-                return True
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The client has left, or was cut off (asyncio)."""
-        self.idle.pop(self, None)
-        self._stop_running()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes have arrived (asyncio)."""
-        if self._deaf:
-            return
-        self.active = begin = time.monotonic()
-        self.idle.pop(self, None)
-        # the parser rests: it has not even seen an empty line, which may stand before a request
-        whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
-        image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
-        if self._repeated and image is not None:
-            if raw_image.refuse(self, self._repeated.head, image):
-                self.server_state.total_requests += 1
-            else:
-                self._start_raw(self._repeated.head).receive(image)
-                super().on_message_complete()
-        else:
-            self._parse(data)
-            if whole and self._between and self._raw and self._raw.begin == begin and not self._repeated:
-                self._repeated = raw_image.RepeatedHead.learn(data, self._raw)
-        running = self._running
-        if running is None or running.response_complete or running.more_body:
-            self.idle[self] = None
-
-    def _parse(self, data: bytes) -> None:
-        if self.receive_by is None:
-            self.receive_by = self.active + self.settings.receive_timeout_s
-        if self._in_headers:
-            self._header_bytes += len(data)
-        super().data_received(data)
-        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse_header_bytes()
-
-    def on_message_begin(self) -> None:
-        """A request's first byte (httptools, as those below)."""
-        super().on_message_begin()
-        self._between = False
-        self._in_headers = True
-        self._parsed_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        super().on_header(name, value)
-        self._parsed_bytes += len(name) + len(value)
-        if len(self.headers) > MAX_HEADERS:
-            self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
-        elif self._parsed_bytes + len(self.url) > MAX_HEADER_BYTES:
-            self._refuse_header_bytes()
-
-    def on_headers_complete(self) -> None:
-        """All headers: decides which way the request goes."""
-        if len(self.pipeline) >= MAX_PIPELINED:
-            text = f"more than {MAX_PIPELINED} requests wait on this connection"
-            self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
-        if self._deaf:
-            return
-        self._in_headers, self._header_bytes = False, 0
-        head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
-        if head:
-            self._start_raw(head)
-        else:
-            self._raw = None
-            super().on_headers_complete()
-
-    def _start_raw(self, head: raw_image.Head) -> raw_image.RawImageRequest:
-        self._raw = raw_image.RawImageRequest(self, head)
-        self.cycle = self._running = self._raw  # type: ignore[assignment]
-        return self._raw
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
-        if self._deaf:
-            return
-        if self._raw:
-            self._raw.receive(body)
-        elif self.cycle is not None:
-            super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """A request's last byte."""
-        if self._deaf:
-            return
-        self.receive_by, self._in_headers, self._between = None, True, True
-        if self.cycle is not None:
-            super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        """An answer was written. uvicorn's own would set a timer for each; `enforce_deadlines` closes what is idle."""
-        self.server_state.total_requests += 1
-        self.active = time.monotonic()
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        else:
-            self.idle.pop(self, None)
-            self.idle[self] = None
-
-    def send_400_response(self, msg: str) -> None:
-        """Uvicorn's hook for bytes that are no HTTP."""
-        self._refuse(MalformedRequest("the bytes received are no valid HTTP/1.1 request"))
-
-    def enforce_deadlines(self, now: float) -> None:
-        """Ends the connection if its request should have arrived by now, if it is idle, or if its client does not read.
-
-        Args:
-            now: time.monotonic().
-        """
-        if self.transport.is_closing() or self.transport.get_write_buffer_size():
-            self._stuck_since = self._stuck_since or now
-            if now - self._stuck_since > self.settings.receive_timeout_s:
-                self._cut_off()
-        else:
-            self._stuck_since = None
-        if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
-            return
-        if self.receive_by is None:
-            if self in self.idle:
-                self.transport.close()
-        elif self._in_headers and not self._header_bytes:
-            self.transport.close()  # nothing was asked
-        else:
-            timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
-            self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))
-
-    def _stop_running(self) -> None:
-        """Tells the application that its client has left; uvicorn tells only the request that came last."""
-        self.pipeline.clear()
-        if self._running and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
-        self.flow.resume_writing()
-
-    def _cut_off(self) -> None:
-        """Closes at once, what was not sent is lost: else the kernel would keep it for minutes, waiting to be read."""
-        self._stop_running()
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
-
-    def _refuse(self, error: ServiceError) -> None:
-        """Ends the connection with this answer, or with the answers to earlier requests; what else comes is not read."""
-        if self._deaf or self.transport.is_closing():
-            return
-        self._deaf, self.receive_by = True, None
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete and self._in_headers:
-            cycle.keep_alive = False  # closes when the earlier requests have their answers
-        elif self._raw and not self._raw.response_complete:
-            self._raw.fail(error, keep_alive=False)
-        else:
-            if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
-                self._answer_nothing(error)
-            self.transport.close()
-
-    def _refuse_header_bytes(self) -> None:
-        self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
-
-    def _answer_nothing(self, error: ServiceError) -> None:
-        """Answers where there is no whole request."""
-        exchange = Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
-        response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
-        media_type, body = str(response.media_type), bytes(response.body)
-        self.write(error.status, media_type, body, problem_headers(error), exchange.request_id, keep_alive=False)
-        exchange.finish(response.status_code, len(response.body))
-        self.service.metrics.count_failure(error.code, error.reason)
-        self.service.tell(exchange)
-
-    def write(
-        self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
-    ) -> None:
-        """Sends a whole answer.
-
-        Args:
-            status: of the answer.
-            media_type: of the body.
-            body: all of it.
-            headers: besides those that every answer has.
-            request_id: for the header.
-            keep_alive: whether the client may send another request.
-        """
-        self.transport.write(
-            b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
-            % (
-                STATUS_LINE[status],
-                self._default_headers(),
-                media_type.encode(),
-                len(body),
-                "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
-                request_id.encode(),
-                b"" if keep_alive else b"connection: close\r\n",
-                body,
-            )
-        )
-
-    def _default_headers(self) -> bytes:
-        """Those of every answer, written down anew when uvicorn has new ones: once a second, for the date."""
-        headers = self.server_state.default_headers
-        if Protocol._written_headers[0] is not headers:
-            Protocol._written_headers = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
-        return Protocol._written_headers[1]
-
-
-def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return bool(poll.poll(0))

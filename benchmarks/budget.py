@@ -21,10 +21,10 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
+from app.connection import Protocol
 from app.engine.scheduler import Outcome, Scheduler, Timing
 from app.images import DecodeLimits, decode_image
 from app.load import prepare
-from app.server import Protocol
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.logs import AccessLog
