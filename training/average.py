@@ -57,7 +57,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
     data = load_images(data_path, "train", last["image_size"])
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         _check(path, checkpoint.description, last, data.fingerprint())
-    training, validation = split_validation(data, config.val_fraction, config.seed)
+    training, validation = split_validation(data, config.val_fraction)
 
     network = build_model(Checkpoint(_mean([checkpoint.tensors for checkpoint in checkpoints]), last))
     network = network.to(device).to(memory_format=torch.channels_last)
@@ -90,9 +90,9 @@ def _check(path: Path, found: dict[str, Any], last: dict[str, Any], fingerprint:
         raise ConfigError(f"{path} and the last checkpoint have different {', '.join(different)}; only equals can be averaged")
     if found["training"]["data_sha256"] != fingerprint:
         raise DataError(f"the data given are not what {path} was trained with; give the same --data")
-    held_out = [(of["training"]["config"]["val_fraction"], of["training"]["config"]["seed"]) for of in (found, last)]
+    held_out = [of["training"]["config"]["val_fraction"] for of in (found, last)]
     if held_out[0] != held_out[1]:
-        raise DataError(f"{path} was trained with images that the last checkpoint held out; seed and val_fraction must be equal")
+        raise DataError(f"{path} held out {held_out[0]:g} of the images, the last checkpoint {held_out[1]:g}; give equals")
 
 
 def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str) -> d
     if data.fingerprint() != description["training"]["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
     config = TrainConfig.from_dict(description["training"]["config"])
-    training, validation = split_validation(data, config.val_fraction, config.seed)
+    training, validation = split_validation(data, config.val_fraction)
     fitted = calibrate(build_model(checkpoint), training, validation, config, torch.device(device))
     tensors = {**checkpoint.tensors, CLASS_MEANS: fitted.class_means}
     save_checkpoint(checkpoint_path, tensors, {**description, "calibration": fitted.figures})

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from training.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+_HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,16 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
     return _load_folder(source / split if (source / split).is_dir() else source, image_size)
 
 
-def split_validation(data: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
     """Holds out the same share of every class: (training slice, validation slice).
+
+    Which images depends on nothing but the data and the fraction. So runs of all seeds are judged by the same images, and one
+    that begins with another's weights, learns from it or is averaged with it is not judged by images the other has learnt.
 
     Raises:
         DataError: a class has fewer than two images, so that one slice would lack it.
     """
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_HELD_OUT_SEED))
     held_out = []
     for index, name in enumerate(data.classes):
         members = order[data.labels[order] == index]

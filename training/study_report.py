@@ -122,7 +122,7 @@ claimed is declared in `training/studies/`.
 
 Each network was trained once for each seed, with the same number of epochs and the same recipe: this repository's CPU preset for
 ConvMixer with the usual epsilon of AdamW and without averaged weights, tried on none of the others, which favours ConvMixer if
-any. Runs of one seed see the same images; another seed holds out others. ± is the 95 % interval of the mean over seeds
+any. ± is the 95 % interval of the mean over seeds
 (Student's t): how well these seeds pin the mean down; the test images are the same for all. A difference has Welch's interval. A
 claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided* otherwise.
 No interval is corrected for being one of several. Seconds tell also what else the machine did; multiply-accumulates do not.

@@ -85,7 +85,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         SystemExit: SIGTERM or SIGINT came, or the deadline; a checkpoint was written first.
     """
     config = replace(config, model=replace(config.model, num_classes=len(data.classes)))
-    training, validation = split_validation(data, config.val_fraction, config.seed)
+    training, validation = split_validation(data, config.val_fraction)
     steps_per_epoch = len(training) // config.batch_size
     if steps_per_epoch == 0:
         raise DataError(f"{len(training)} training images do not fill one batch of {config.batch_size}")

@@ -40,7 +40,7 @@ def test_weights_are_averaged_and_the_rest_is_measured_anew(
     for name in measured:
         assert not torch.allclose(found.tensors[name], (first.tensors[name] + last.tensors[name]) / 2, rtol=1e-4, atol=1e-6), name
 
-    _, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
+    _, validation = split_validation(photos, TINY.val_fraction)
     answers = compute_logits(build_model(found), validation, TINY, torch.device("cpu")).argmax(1)
     assert accuracy == pytest.approx(float((answers == validation.labels).float().mean()))
     averaged = found.description["training"]["averaged"]
@@ -62,7 +62,7 @@ def test_batch_normalisation_sees_what_it_will_see(trained: Path, photos: ImageS
     output = tmp_path / "model.safetensors"
     average([trained, trained], output, CIFAR10, "cpu")
     network = build_model(load_checkpoint(output))
-    training, _ = split_validation(photos, TINY.val_fraction, TINY.seed)
+    training, _ = split_validation(photos, TINY.val_fraction)
     seen: list[torch.Tensor] = []
     network.stem.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
     compute_logits(network, training, TINY, torch.device("cpu"))
@@ -85,7 +85,7 @@ def test_only_equals_are_averaged(
     found = load_checkpoint(trained)
     training = found.description["training"]
     other = tmp_path / "other.safetensors"
-    description = {**found.description, "training": {**training, "config": {**training["config"], "seed": 7}}}
+    description = {**found.description, "training": {**training, "config": {**training["config"], "val_fraction": 0.4}}}
     save_checkpoint(other, found.tensors, description)
     with pytest.raises(DataError, match="held out"):
         average([other, trained], output, CIFAR10, "cpu")

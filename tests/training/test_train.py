@@ -135,7 +135,7 @@ def test_releases_all_that_evaluation_and_export_need(trained: Path, photos: Ima
 
 def test_calibration_is_of_the_held_out_images(trained: Path, photos: ImageSet) -> None:
     checkpoint = load_checkpoint(trained)
-    training, validation = split_validation(photos, TINY.val_fraction, TINY.seed)
+    training, validation = split_validation(photos, TINY.val_fraction)
     expected = calibrate(build_model(checkpoint), training, validation, TINY, torch.device("cpu"))
     found = checkpoint.description["calibration"]
     assert found["temperature"] == pytest.approx(expected.figures["temperature"], rel=1e-3)
