@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from app import raw_image
+from app import raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.protection import choose_request_id
@@ -49,9 +49,11 @@ class Protocol(HttpToolsProtocol):
         active: time.monotonic() at which something last arrived, or an answer was written.
         idle: the connections of this process that wait for their clients, whose uploads are not complete or who have nothing
             in work; the longest waiting first.
+        last_refusal: what was refused last, written down.
     """
 
     idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
+    last_refusal: ClassVar[refusal.Written | None] = None
     _written_headers: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
@@ -109,7 +111,7 @@ class Protocol(HttpToolsProtocol):
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
         image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
         if self._repeated and image is not None:
-            if raw_image.refuse(self, self._repeated.head, image):
+            if refusal.refuse(self, self._repeated.head, image):
                 self.server_state.total_requests += 1
             else:
                 self._start_raw(self._repeated.head).receive(image)
@@ -273,7 +275,13 @@ class Protocol(HttpToolsProtocol):
     def write(
         self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
     ) -> None:
-        """Sends a whole answer.
+        """Sends a whole answer; for the arguments see `compose`."""
+        self.transport.write(self.compose(status, media_type, body, headers, request_id, keep_alive=keep_alive))
+
+    def compose(
+        self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
+    ) -> bytes:
+        """A whole answer as it is sent.
 
         Args:
             status: of the answer.
@@ -283,21 +291,18 @@ class Protocol(HttpToolsProtocol):
             request_id: for the header.
             keep_alive: whether the client may send another request.
         """
-        self.transport.write(
-            b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b"
-            % (
-                STATUS_LINE[status],
-                self._default_headers(),
-                media_type.encode(),
-                len(body),
-                "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
-                request_id.encode(),
-                b"" if keep_alive else b"connection: close\r\n",
-                body,
-            )
+        return b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b" % (
+            STATUS_LINE[status],
+            self.default_headers(),
+            media_type.encode(),
+            len(body),
+            "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
+            request_id.encode(),
+            b"" if keep_alive else b"connection: close\r\n",
+            body,
         )
 
-    def _default_headers(self) -> bytes:
+    def default_headers(self) -> bytes:
         """Those of every answer, written down anew when uvicorn has new ones: once a second, for the date."""
         headers = self.server_state.default_headers
         if Protocol._written_headers[0] is not headers:

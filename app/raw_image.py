@@ -123,32 +123,6 @@ class RepeatedHead:
         return data[begin:] if 0 < len(data) - begin == int(length) <= self._max_body_bytes else None
 
 
-def refuse(protocol: Protocol, head: Head, image: bytes) -> bool:
-    """Answers a whole request that the engine would refuse, with as little as possible.
-
-    Under overload most requests end here, and what they cost is taken from those that are accepted. Whatever is to be
-    told of them besides (a log, a trace, a connection to be closed) is left to `RawImageRequest`.
-
-    Returns:
-        Whether it was answered.
-    """
-    service = protocol.service
-    if service.is_watched(503, 0.0) or not head.keep_alive or service.bodies.held + len(image) > service.bodies.limit:
-        return False
-    wanted = head.wanted
-    error = service.scheduler.refusal(image, explain=wanted.explain, timeout_s=wanted.deadline_ms / 1000)
-    if error is None:
-        return False
-    request_id = choose_request_id(head.request_id)
-    headers = problem_headers(error)
-    headers["Server-Timing"] = server_timing((), time.monotonic() - protocol.active)
-    body = problem_body(error.status, error.code, error.detail, request_id)
-    protocol.write(error.status, MEDIA_TYPE, body, headers, request_id, keep_alive=True)
-    service.metrics.count_failure(error.code, error.reason)
-    service.metrics.count_request(error.status)
-    return True
-
-
 class RawImageRequest:
     """One image as the raw body of `POST /classify`; stands where uvicorn has its RequestResponseCycle.
 

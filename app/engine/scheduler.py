@@ -141,6 +141,8 @@ class Scheduler:
         self._busy_since: dict[int, float] = {}
         # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
         self._image_s = session.warm_up_ms / 1000 / 2
+        # thousands are asked for between two batches
+        self._refused: tuple[tuple[float, ...], Overloaded | None] = ((), None)
         self._threads = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -187,10 +189,13 @@ class Scheduler:
         return futures
 
     def refusal(self, image: bytes, *, explain: bool, timeout_s: float) -> Overloaded | None:
-        """Why `submit` would refuse this image now; None if it would not, or is to be asked."""
-        if self._draining or self._key(image, explain) in self._open:
+        """Why `submit` would refuse this image now, the same object while nothing has changed; None if it is to be asked."""
+        if self._draining or (self._open and self._key(image, explain) in self._open):
             return None
-        return self._refusal(1, timeout_s)
+        state = self.waiting(), len(self._busy_since), self._image_s, timeout_s
+        if state != self._refused[0]:
+            self._refused = state, self._refusal(1, timeout_s)
+        return self._refused[1]
 
     def _refusal(self, count: int, timeout_s: float) -> Overloaded | None:
         waiting = self.waiting()

@@ -91,6 +91,14 @@ class Metrics(Collector):
             if reason:
                 self._refused[reason] += 1
 
+    def count_refusal(self, error: ServiceError) -> None:
+        """Records an answer of the model's paths that is this refusal."""
+        with self._lock:
+            self._requests[error.status] += 1
+            self._failures[error.code] += 1
+            if error.reason:
+                self._refused[error.reason] += 1
+
     def observe_batch(self, outcomes: Sequence[Outcome]) -> None:
         """Records one batch; called by the engine's threads."""
         with self._lock:

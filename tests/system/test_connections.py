@@ -284,25 +284,29 @@ def test_refusals_by_either_way_are_the_same_and_all_are_counted(start, samples)
             stack.enter_context(connect(url)).sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
             while f"{gauge} 1.0" not in metrics.get("/metrics").text:
                 pass
-        client = stack.enter_context(connect(url))
         received = []
-        for sample in samples[:5]:
-            client.sendall(classify_request(sample.data, "X-Request-ID: mine", "X-Deadline-Ms: 60000"))
-            received.append(next(answers(client)))
-        for _ in range(2):  # refused for another reason, and with an id of the server's
-            client.sendall(classify_request(samples[0].data))
-            received.append(next(answers(client)))
-    assert [status for status, _, _ in received] == [503] * 7
+        for id_of_the_clients in (["X-Request-ID: mine"], []):
+            client = stack.enter_context(connect(url))
+            for sample in samples[:5]:
+                client.sendall(classify_request(sample.data, *id_of_the_clients, "X-Deadline-Ms: 60000"))
+                received.append(next(answers(client)))
+        client.sendall(classify_request(samples[0].data))  # refused for another reason
+        received.append(next(answers(client)))
+    assert [status for status, _, _ in received] == [503] * 11
     assert len({tuple(re.findall(rb"\r\n([a-z-]+):", head.lower())) for _, head, _ in received}) == 1
+    for _, head, body in received:
+        assert f"x-request-id: {body['request_id']}\r\n".encode() in head
+        assert re.search(rb"\r\nServer-Timing: total;dur=\d+\.\d\d\r\n", head)
     assert len({tuple(body) for _, _, body in received}) == 1
     assert len({re.sub(r"\d+", "", body["detail"]) for _, _, body in received}) == 1
     ids = [body["request_id"] for _, _, body in received]
     assert ids[:5] == ["mine"] * 5
-    assert len(set(ids)) == 3
+    assert len(set(ids[5:])) == 6
+    assert all(re.fullmatch("[0-9a-f]{32}", given) for given in ids[5:])
     text = httpx.get(f"{url}/metrics").text
-    assert 'convmixer_requests_total{status="503"} 7.0' in text
-    assert 'convmixer_failures_total{code="overloaded"} 7.0' in text
-    assert 'convmixer_refused_total{reason="queue_full"} 7.0' in text
+    assert 'convmixer_requests_total{status="503"} 11.0' in text
+    assert 'convmixer_failures_total{code="overloaded"} 11.0' in text
+    assert 'convmixer_refused_total{reason="queue_full"} 11.0' in text
     while "convmixer_held_bytes 0.0" not in httpx.get(f"{url}/metrics").text:
         pass
 
