@@ -37,7 +37,11 @@ def train(
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/train"),
     init: Annotated[
-        Path | None, typer.Option(help="Begin with the weights of this released checkpoint; a new head if the classes differ.")
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of this released checkpoint, grown if it is narrower or has a smaller kernel; a new "
+            "head if the classes differ."
+        ),
     ] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Learn from the answers of this released checkpoint, usually a larger network's.")

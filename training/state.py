@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from model.architectures import Network, config_from_dict
 from model.checkpoint import CLASS_MEANS, CheckpointError, load_checkpoint, save_checkpoint
-from model.convmixer import count_parameters
+from model.convmixer import ConvMixerConfig, count_parameters
+from model.grow import can_grow, grow
 from training import __version__
 from training.calibrate import Calibration
 from training.config import TrainConfig
@@ -114,6 +115,8 @@ class TrainingState:
     def start_from(self, path: Path) -> dict[str, Any]:
         """Copies a released checkpoint's weights into model and average; the head stays new where the classes differ.
 
+        A narrower ConvMixer, or one with a smaller kernel, is grown to this one's size first (`model.grow`).
+
         Returns:
             What the new checkpoint says about its origin: name, SHA-256 of the file, epochs and seconds behind it.
 
@@ -122,16 +125,18 @@ class TrainingState:
             ConfigError: it holds another network.
         """
         found = load_checkpoint(path)
-        ours, theirs = asdict(self.config.model), asdict(config_from_dict(found.description["model"]))
-        changed = [
-            f"{key} is {theirs.get(key)}, here {ours.get(key)}"
-            for key in {**ours, **theirs}
-            if key != "num_classes" and ours.get(key) != theirs.get(key)
-        ]
-        if changed:
-            raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
+        ours, theirs = self.config.model, config_from_dict(found.description["model"])
+        theirs = replace(theirs, num_classes=ours.num_classes)
         same_classes = found.description["classes"] == self.classes
         weights = {k: v for k, v in found.tensors.items() if k != CLASS_MEANS and (same_classes or not k.startswith("head."))}
+        if isinstance(ours, ConvMixerConfig) and isinstance(theirs, ConvMixerConfig) and can_grow(theirs, ours):
+            weights = grow(weights, theirs, ours, self.config.seed)
+        elif ours != theirs:
+            here, there = asdict(ours), asdict(theirs)
+            changed = [
+                f"{key} is {there.get(key)}, here {here.get(key)}" for key in {**here, **there} if here.get(key) != there.get(key)
+            ]
+            raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]

@@ -23,6 +23,7 @@ from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_che
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import QUIET, TINY
 from training import train as train_module
+from training.augment import normalization
 from training.calibrate import calibrate
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
@@ -221,6 +222,18 @@ def test_other_classes_get_a_new_head_on_the_old_body(trained: Path, animals: Im
     assert torch.allclose(checkpoint.tensors[body], load_checkpoint(trained).tensors[body], atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_a_wider_network_begins_with_what_the_narrower_one_has_learnt(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    wider = replace(TINY.override({"model.hidden_dim": "24", "model.kernel_size": "5"}), lr=1e-12, weight_decay=0.0, epochs=1)
+    checkpoint, before = load_checkpoint(train(wider, photos, tmp_path, QUIET, init=trained)), load_checkpoint(trained)
+    assert checkpoint.description["training"]["init"]["name"] == before.description["name"]
+    for network in (grown := build_model(checkpoint), small := build_model(before)):
+        network.train()  # the run measured other batches than the one it began with, so its statistics are others
+    with torch.no_grad():
+        images = normalization(TINY)(photos.images)
+        torch.testing.assert_close(grown(images), small(images), rtol=1e-3, atol=1e-3)
+
+
 def test_a_checkpoint_from_before_there_were_other_networks_can_be_started_from(
     trained: Path, photos: ImageSet, tmp_path: Path, no_compiler: None
 ) -> None:
@@ -234,9 +247,9 @@ def test_a_checkpoint_from_before_there_were_other_networks_can_be_started_from(
 
 
 def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    wider = TINY.override({"model.hidden_dim": "24"})
-    with pytest.raises(ConfigError, match="hidden_dim is 16, here 24"):
-        train(wider, photos, tmp_path, QUIET, init=trained)
+    narrower = TINY.override({"model.hidden_dim": "8"})
+    with pytest.raises(ConfigError, match="hidden_dim is 16, here 8"):
+        train(narrower, photos, tmp_path, QUIET, init=trained)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         train(TINY, photos, tmp_path, QUIET, init=tmp_path / "none.safetensors")
 
