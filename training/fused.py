@@ -59,8 +59,8 @@ class _FusedPatchEmbedding(PatchEmbedding):
         x = self.conv(x)
         if not self.training or x.dtype not in DTYPES:
             out: Tensor = self.norm(self.act(x))
-            return out
-        out = _gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
+        else:
+            out = _gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
         return out
 
 
