@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -32,12 +31,12 @@ from model.convmixer import ConvMixer, count_parameters
 from training.augment import Augmentation
 from training.calibrate import calibrate
 from training.config import TrainConfig
-from training.convolution import use_fast_weight_gradients
 from training.data import ImageSet, split_validation
 from training.distill import Distillation
 from training.distributed import join, local_device
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
+from training.fused import use_cpu_kernels
 from training.muon import Muon, hidden_matrices
 from training.runtime import Runtime, autocast
 from training.state import Progress, TrainingState
@@ -95,8 +94,6 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     images, labels = training.images.to(device), training.labels.to(device)
     torch.manual_seed(config.seed)
     model = build_network(config.model).to(device).to(memory_format=torch.channels_last)
-    if isinstance(model, ConvMixer) and model.config.kernel_size % 2 and device.type == "cpu" and shutil.which("c++"):
-        use_fast_weight_gradients(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     optimizer = _build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
@@ -115,6 +112,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(join(device))
         share = group.share(config.batch_size)
+        if isinstance(model, ConvMixer) and device.type == "cpu":
+            use_cpu_kernels(model, group.size)
         network: Callable[[Tensor], Tensor] = group.wrap(model, device)
         network = torch.compile(network) if runtime.compile else network
         events = stack.enter_context(_summary_writer(output) if runtime.tensorboard and group.leads else contextlib.nullcontext())

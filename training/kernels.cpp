@@ -1,0 +1,338 @@
+// One ConvMixer block's training step, but for its matrix products, in few passes over memory (training/fused.py).
+//
+// Feature maps are channels_last: [images, height, width, channels], in float32 or bf16; all arithmetic is float32.
+// Compiled for one kernel size, KERNEL. Every sum is made per image, in a fixed order, by one thread, so results do not
+// depend on who was faster.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8;   // floats in a vector
+constexpr int BLOCK = 16;  // channels whose padded image stays in the first-level cache; 16 floats are a cache line
+constexpr int TILE = 8;    // outputs of a row computed together: 8 sums hide the latency of a multiply-add
+constexpr int PAD = KERNEL / 2;
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+struct Shape {
+    int images, height, width, channels, threads;
+    long positions() const { return long(height) * width; }
+};
+
+inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline vec load(const bf16* p) {
+    halves v;
+    std::memcpy(&v, p, sizeof v);
+    return vec(__builtin_convertvector(v, ints) << 16);
+}
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(bf16* p, vec v) {
+    const ints bits = ints(v);
+    const halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);  // to nearest even
+    std::memcpy(p, &rounded, sizeof rounded);
+}
+
+inline void add(float* p, vec v) { store(p, load(p) + v); }
+
+struct Normal {
+    vec cumulative, density;
+};
+
+// The normal distribution, by Abramowitz & Stegun 7.1.26 (error below 1.5e-7); both need the same exponential.
+inline Normal normal(vec z) {
+    const vec magnitude = z < 0 ? -z : z;
+    vec exponent = z * z * -0.72134752f;  // exp(-z²/2) = 2^exponent
+    exponent = exponent < -126.0f ? exponent - exponent - 126.0f : exponent;
+    const vec shifted = exponent + 12582912.0f;  // 1.5 · 2^23: the nearest integer is now in the low bits
+    const vec r = exponent - (shifted - 12582912.0f);
+    vec power = r * 1.3333558e-3f + 9.6181291e-3f;
+    power = power * r + 5.5504109e-2f;
+    power = power * r + 2.4022651e-1f;
+    power = power * r + 6.9314718e-1f;
+    power = power * r + 1.0f;
+    const vec e = vec(ints(power) + (ints(shifted) << 23));
+    const vec t = 1.0f / (magnitude * 0.23164190f + 1.0f);
+    vec tail = t * 0.530702715f - 0.726576013f;
+    tail = tail * t + 0.710706871f;
+    tail = tail * t - 0.142248368f;
+    tail = tail * t + 0.127414796f;
+    tail = tail * t * e;
+    return {z < 0 ? tail : 1.0f - tail, e * 0.39894228f};
+}
+
+inline vec gelu(vec z) { return z * normal(z).cumulative; }
+
+// What batch normalisation's backward pass needs of a channel: dx = a · dy + b · (x - mean) + c.
+struct Coefficients {
+    const float *mean, *a, *b, *c;
+    Coefficients(const float* rows, int channels) : mean(rows), a(mean + channels), b(a + channels), c(b + channels) {}
+};
+
+// Gradient before GELU and batch normalisation, from the gradient behind them.
+inline vec gradient_before(vec z, vec dy, const Coefficients& k, int channel) {
+    const Normal n = normal(z);
+    const vec centred = z * n.cumulative - load(k.mean + channel);
+    const vec da = dy * load(k.a + channel) + centred * load(k.b + channel) + load(k.c + channel);
+    return da * (n.cumulative + z * n.density);
+}
+
+// Depthwise convolution of WIDTH neighbouring positions of one vector of channels; `sums` holds what is added to.
+template <int WIDTH>
+inline void convolve(const float* padded, int row_length, const float* weight, vec* sums) {
+    vec local[WIDTH];
+    for (int t = 0; t < WIDTH; ++t) local[t] = sums[t];
+    for (int i = 0; i < KERNEL; ++i)
+#pragma GCC unroll 16
+        for (int j = 0; j < KERNEL; ++j) {
+            const vec w = load(weight + (i * KERNEL + j) * BLOCK);
+#pragma GCC unroll 16
+            for (int t = 0; t < WIDTH; ++t) local[t] += load(padded + i * row_length + (j + t) * BLOCK) * w;
+        }
+    for (int t = 0; t < WIDTH; ++t) sums[t] = local[t];
+}
+
+inline void convolve(int width, const float* padded, int row_length, const float* weight, vec* sums) {
+    switch (width) {
+        case 1: return convolve<1>(padded, row_length, weight, sums);
+        case 2: return convolve<2>(padded, row_length, weight, sums);
+        case 3: return convolve<3>(padded, row_length, weight, sums);
+        case 4: return convolve<4>(padded, row_length, weight, sums);
+        case 5: return convolve<5>(padded, row_length, weight, sums);
+        case 6: return convolve<6>(padded, row_length, weight, sums);
+        case 7: return convolve<7>(padded, row_length, weight, sums);
+        default: return convolve<8>(padded, row_length, weight, sums);
+    }
+}
+
+// A row is cut into tiles as equal as can be: 10 positions are 5 + 5, because 8 + 2 take as long as 16.
+template <typename Body>
+inline void for_tiles(int width, Body body) {
+    const int tiles = (width + TILE - 1) / TILE;
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int begin = width * tile / tiles;
+        body(begin, width * (tile + 1) / tiles - begin);
+    }
+}
+
+// Calls body(image, first channel, channels, padded image, weights) for every image and block of channels.
+template <typename Body>
+void for_blocks(const Shape& s, Body body) {
+    const int blocks = (s.channels + BLOCK - 1) / BLOCK;
+#pragma omp parallel num_threads(s.threads)
+    {
+        std::vector<float> padded(long(s.height + 2 * PAD) * (s.width + 2 * PAD) * BLOCK);
+        std::vector<float> weights(KERNEL * KERNEL * BLOCK);
+#pragma omp for schedule(static)
+        for (long task = 0; task < long(s.images) * blocks; ++task) {
+            const int first = task % blocks * BLOCK;
+            body(task / blocks, first, std::min(BLOCK, s.channels - first), padded.data(), weights.data());
+        }
+    }
+}
+
+template <typename T>
+void depthwise_forward(Shape s, const T* x, const float* weight, const float* bias, T* z, float* statistics) {
+    const int C = s.channels, row = (s.width + 2 * PAD) * BLOCK;
+    const long plane = long(s.images) * C;
+    for_blocks(s, [&](long image, int first, int count, float* padded, float* weights) {
+        const long offset = image * s.positions() * C + first;
+        for (int tap = 0; tap < KERNEL * KERNEL; ++tap) std::copy_n(weight + long(tap) * C + first, count, weights + tap * BLOCK);
+        for (int y = 0; y < s.height; ++y)
+            for (int p = 0; p < s.width; ++p)
+                for (int c = 0; c < count; c += LANES)
+                    store(padded + (y + PAD) * row + (p + PAD) * BLOCK + c, load(x + offset + (long(y) * s.width + p) * C + c));
+        for (int c = 0; c < count; c += LANES) {
+            vec pivot{}, sum{}, square{};
+            for (int y = 0; y < s.height; ++y)
+                for_tiles(s.width, [&](int begin, int width) {
+                    vec sums[TILE];
+                    for (int t = 0; t < width; ++t) sums[t] = load(bias + first + c);
+                    convolve(width, padded + y * row + begin * BLOCK + c, row, weights + c, sums);
+                    for (int t = 0; t < width; ++t) {
+                        store(z + offset + (long(y) * s.width + begin + t) * C + c, sums[t]);
+                        const vec a = gelu(sums[t]);
+                        if (y == 0 && begin + t == 0) pivot = a;
+                        sum += a - pivot;
+                        square += (a - pivot) * (a - pivot);
+                    }
+                });
+            float* out = statistics + image * C + first + c;
+            store(out, pivot);
+            store(out + plane, sum);
+            store(out + 2 * plane, square);
+        }
+    });
+}
+
+template <typename T>
+void depthwise_backward(Shape s, const T* dy, const T* z, const T* x, const float* rows, const float* weight, T* dx,
+                        float* dweight, float* dbias) {
+    const int C = s.channels, row = (s.width + 2 * PAD) * BLOCK;
+    const Coefficients k(rows, C);
+    for_blocks(s, [&](long image, int first, int count, float* padded, float* weights) {
+        const long offset = image * s.positions() * C + first;
+        for (int tap = 0; tap < KERNEL * KERNEL; ++tap)  // the input's gradient is a convolution with the kernel turned by 180°
+            std::copy_n(weight + long(KERNEL * KERNEL - 1 - tap) * C + first, count, weights + tap * BLOCK);
+        for (int c = 0; c < count; c += LANES) {
+            vec sum{};
+            for (int y = 0; y < s.height; ++y)
+                for (int p = 0; p < s.width; ++p) {
+                    const long at = offset + (long(y) * s.width + p) * C + c;
+                    const vec dz = gradient_before(load(z + at), load(dy + at), k, first + c);
+                    store(padded + (y + PAD) * row + (p + PAD) * BLOCK + c, dz);
+                    sum += dz;
+                }
+            store(dbias + image * C + first + c, sum);
+
+            vec taps[KERNEL * KERNEL] = {};
+            for (int y = 0; y < s.height; ++y) {
+                const T* x_row = x + offset + long(y) * s.width * C + c;
+                for (int i = 0; i < KERNEL; ++i) {
+                    const float* p = padded + (y + KERNEL - 1 - i) * row + (KERNEL - 1) * BLOCK + c;
+                    vec even[KERNEL], odd[KERNEL] = {};  // two chains of sums, for their latency
+                    for (int j = 0; j < KERNEL; ++j) even[j] = taps[i * KERNEL + j];
+                    int q = 0;
+                    for (; q + 1 < s.width; q += 2) {
+                        const vec left = load(x_row + long(q) * C), right = load(x_row + long(q + 1) * C);
+#pragma GCC unroll 16
+                        for (int j = 0; j < KERNEL; ++j) {
+                            even[j] += left * load(p + (q - j) * BLOCK);
+                            odd[j] += right * load(p + (q + 1 - j) * BLOCK);
+                        }
+                    }
+                    if (q < s.width)
+                        for (int j = 0; j < KERNEL; ++j) even[j] += load(x_row + long(q) * C) * load(p + (q - j) * BLOCK);
+                    for (int j = 0; j < KERNEL; ++j) taps[i * KERNEL + j] = even[j] + odd[j];
+                }
+            }
+            for (int tap = 0; tap < KERNEL * KERNEL; ++tap)
+                store(dweight + (image * KERNEL * KERNEL + tap) * C + first + c, taps[tap]);
+
+            for (int y = 0; y < s.height; ++y)
+                for_tiles(s.width, [&](int begin, int width) {
+                    const long at = offset + (long(y) * s.width + begin) * C + c;
+                    vec sums[TILE];
+                    for (int t = 0; t < width; ++t) sums[t] = load(dy + at + long(t) * C);  // past the convolution
+                    convolve(width, padded + y * row + begin * BLOCK + c, row, weights + c, sums);
+                    for (int t = 0; t < width; ++t) store(dx + at + long(t) * C, sums[t]);
+                });
+        }
+    });
+}
+
+template <typename Body>
+void for_images(const Shape& s, Body body) {
+#pragma omp parallel for schedule(static) num_threads(s.threads)
+    for (int image = 0; image < s.images; ++image) body(long(image));
+}
+
+template <typename T>
+void gelu_statistics(Shape s, const T* z, float* statistics) {
+    const int C = s.channels;
+    const long plane = long(s.images) * C;
+    for_images(s, [&](long image) {
+        float *pivot = statistics + image * C, *sum = pivot + plane, *square = sum + plane;
+        const T* p = z + image * s.positions() * C;
+        for (int c = 0; c < C; c += LANES) {
+            store(pivot + c, gelu(load(p + c)));
+            store(sum + c, vec{});
+            store(square + c, vec{});
+        }
+        for (long position = 0; position < s.positions(); ++position, p += C)
+            for (int c = 0; c < C; c += LANES) {
+                const vec d = gelu(load(p + c)) - load(pivot + c);
+                add(sum + c, d);
+                add(square + c, d * d);
+            }
+    });
+}
+
+template <typename T>
+void gelu_scale_shift(Shape s, const T* z, const T* residual, const float* scale, T* y) {
+    const int C = s.channels;
+    const float* shift = scale + C;
+    for_images(s, [&](long image) {
+        for (long position = 0; position < s.positions(); ++position)
+            for (int c = 0; c < C; c += LANES) {
+                const long at = (image * s.positions() + position) * C + c;
+                const vec out = gelu(load(z + at)) * load(scale + c) + load(shift + c);
+                store(y + at, residual ? load(residual + at) + out : out);
+            }
+    });
+}
+
+// Per image Σ dy and Σ dy · (gelu(z) - mean).
+template <typename T>
+void norm_gradients(Shape s, const T* dy, const T* z, const float* mean, float* sums) {
+    const int C = s.channels;
+    for_images(s, [&](long image) {
+        float *dshift = sums + image * C, *dscale = dshift + long(s.images) * C;
+        std::fill_n(dshift, C, 0.0f);
+        std::fill_n(dscale, C, 0.0f);
+        for (long position = 0; position < s.positions(); ++position)
+            for (int c = 0; c < C; c += LANES) {
+                const long at = (image * s.positions() + position) * C + c;
+                const vec d = load(dy + at);
+                add(dshift + c, d);
+                add(dscale + c, d * (gelu(load(z + at)) - load(mean + c)));
+            }
+    });
+}
+
+template <typename T>
+void gelu_norm_backward(Shape s, const T* dy, const T* z, const float* rows, T* dz, float* dbias) {
+    const int C = s.channels;
+    const Coefficients k(rows, C);
+    for_images(s, [&](long image) {
+        float* sum = dbias + image * C;
+        std::fill_n(sum, C, 0.0f);
+        for (long position = 0; position < s.positions(); ++position)
+            for (int c = 0; c < C; c += LANES) {
+                const long at = (image * s.positions() + position) * C + c;
+                const vec d = gradient_before(load(z + at), load(dy + at), k, c);
+                store(dz + at, d);
+                add(sum + c, d);
+            }
+    });
+}
+
+}  // namespace
+
+#define EXPORT(T, SUFFIX)                                                                                                   \
+    extern "C" void depthwise_forward_##SUFFIX(Shape s, const T* x, const float* w, const float* b, T* z, float* sums) {    \
+        depthwise_forward(s, x, w, b, z, sums);                                                                             \
+    }                                                                                                                       \
+    extern "C" void depthwise_backward_##SUFFIX(Shape s, const T* dy, const T* z, const T* x, const float* k,               \
+                                                const float* w, T* dx, float* dw, float* db) {                              \
+        depthwise_backward(s, dy, z, x, k, w, dx, dw, db);                                                                  \
+    }                                                                                                                       \
+    extern "C" void gelu_statistics_##SUFFIX(Shape s, const T* z, float* sums) { gelu_statistics(s, z, sums); }             \
+    extern "C" void gelu_scale_shift_##SUFFIX(Shape s, const T* z, const T* residual, const float* k, T* y) {               \
+        gelu_scale_shift(s, z, residual, k, y);                                                                             \
+    }                                                                                                                       \
+    extern "C" void norm_gradients_##SUFFIX(Shape s, const T* dy, const T* z, const float* mean, float* sums) {             \
+        norm_gradients(s, dy, z, mean, sums);                                                                               \
+    }                                                                                                                       \
+    extern "C" void gelu_norm_backward_##SUFFIX(Shape s, const T* dy, const T* z, const float* k, T* dz, float* db) {       \
+        gelu_norm_backward(s, dy, z, k, dz, db);                                                                            \
+    }
+
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)
