@@ -273,6 +273,24 @@ PRESETS: dict[str, Preset] = {
         cost="95 minutes on two threads of one Zen 3 core, float32, beside light work (before it: 114 and 123)",
         result="91.00 % on the test set, one run; the mean of its weights and those of `cpu-2`: 91.94 % (docs/model-card.md)",
     ),
+    "cpu-4": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
+            start_size=24,
+            epochs=8,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.006,
+            muon_lr=0.006,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+        ),
+        source="ours: a fourth cycle, begun with the mean of `cpu-2` and `cpu-3`, grown from 192 to 256 channels (--init)",
+        cost="not run yet",
+        result="not run yet",
+    ),
     "small": Preset(
         TrainConfig(
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
