@@ -195,6 +195,7 @@ void depthwise_backward(Shape s, const T* dy, const T* z, const T* x, const floa
             for (int y = 0; y < s.height; ++y)
                 for (int p = 0; p < s.width; ++p) {
                     const long at = offset + (long(y) * s.width + p) * C + c;
+                    for (const T* next : {dy, z, x}) __builtin_prefetch(next + at + BLOCK);  // its lines are far apart
                     const vec dz = gradient_before(load(z + at), load(dy + at), k, first + c);
                     store(padded + (y + PAD) * row + (p + PAD) * BLOCK + c, dz);
                     sum += dz;
