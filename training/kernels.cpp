@@ -5,79 +5,20 @@
 // depend on who was faster.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "vector.h"
 
 namespace {
 
-constexpr int LANES = 8;   // floats in a vector
 constexpr int BLOCK = 16;  // channels whose padded image stays in the first-level cache; 16 floats are a cache line
 constexpr int TILE = 8;    // outputs of a row computed together: 8 sums hide the latency of a multiply-add
 constexpr int PAD = KERNEL / 2;
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
-struct bf16 {
-    uint16_t bits;
-};
 
 struct Shape {
     int images, height, width, channels, threads;
     long positions() const { return long(height) * width; }
 };
-
-inline vec load(const float* p) {
-    vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline vec load(const bf16* p) {
-    halves v;
-    std::memcpy(&v, p, sizeof v);
-    return vec(__builtin_convertvector(v, ints) << 16);
-}
-
-inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline void store(bf16* p, vec v) {
-    const ints bits = ints(v);
-    const halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);  // to nearest even
-    std::memcpy(p, &rounded, sizeof rounded);
-}
-
-inline void add(float* p, vec v) { store(p, load(p) + v); }
-
-struct Normal {
-    vec cumulative, density;
-};
-
-// The normal distribution, by Abramowitz & Stegun 7.1.26 (error below 1.5e-7); both need the same exponential.
-inline Normal normal(vec z) {
-    const vec magnitude = z < 0 ? -z : z;
-    vec exponent = z * z * -0.72134752f;  // exp(-z²/2) = 2^exponent
-    exponent = exponent < -126.0f ? exponent - exponent - 126.0f : exponent;
-    const vec shifted = exponent + 12582912.0f;  // 1.5 · 2^23: the nearest integer is now in the low bits
-    const vec r = exponent - (shifted - 12582912.0f);
-    vec power = r * 1.3333558e-3f + 9.6181291e-3f;
-    power = power * r + 5.5504109e-2f;
-    power = power * r + 2.4022651e-1f;
-    power = power * r + 6.9314718e-1f;
-    power = power * r + 1.0f;
-    const vec e = vec(ints(power) + (ints(shifted) << 23));
-    const vec t = 1.0f / (magnitude * 0.23164190f + 1.0f);
-    vec tail = t * 0.530702715f - 0.726576013f;
-    tail = tail * t + 0.710706871f;
-    tail = tail * t - 0.142248368f;
-    tail = tail * t + 0.127414796f;
-    tail = tail * t * e;
-    return {z < 0 ? tail : 1.0f - tail, e * 0.39894228f};
-}
-
-inline vec gelu(vec z) { return z * normal(z).cumulative; }
 
 // What batch normalisation's backward pass needs of a channel: dx = a · dy + b · (x - mean) + c.
 struct Coefficients {
@@ -195,6 +136,7 @@ void depthwise_backward(Shape s, const T* dy, const T* z, const T* x, const floa
             for (int y = 0; y < s.height; ++y)
                 for (int p = 0; p < s.width; ++p) {
                     const long at = offset + (long(y) * s.width + p) * C + c;
+                    for (const T* next : {dy, z, x}) __builtin_prefetch(next + at + BLOCK);  // its lines are far apart
                     const vec dz = gradient_before(load(z + at), load(dy + at), k, first + c);
                     store(padded + (y + PAD) * row + (p + PAD) * BLOCK + c, dz);
                     sum += dz;

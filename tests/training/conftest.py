@@ -1,7 +1,8 @@
 """Real CIFAR-10 images, a configuration that trains in a second, and one finished run that many tests look at.
 
-The weight gradient is compiled once per shape and that takes seconds, so tests keep to `TINY`'s batch, width and size
-where they can, and switch the compiler off (`no_compiler`) where the shape matters.
+The kernels are compiled once per process and size of the depthwise kernel, which takes a second; variants of the block have
+a weight gradient that is compiled once per shape and takes several. Where neither matters, the compiler is switched off
+(`no_compiler`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a C++ compiler trains with the library's own gradients."""
+    """A machine without a C++ compiler trains with the library's own kernels."""
     monkeypatch.setenv("PATH", "")
 
 
