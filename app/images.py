@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import warnings as warnings_module
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -89,13 +90,16 @@ class DecodedImage:
     warnings: tuple[str, ...] = ()
 
 
-def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> DecodedImage:
+def decode_image(
+    data: bytes, rule: ResizeRule, limits: DecodeLimits, announce: Callable[[int], None] = lambda pixels: None
+) -> DecodedImage:
     """Decodes one encoded picture.
 
     Args:
         data: a whole PNG, JPEG, WebP, GIF or BMP file.
         rule: size and shape of the result.
         limits: largest picture accepted.
+        announce: called with the number of pixels, before the work on them begins.
 
     Raises:
         UnsupportedImage: none of the formats above (415).
@@ -105,6 +109,7 @@ def decode_image(data: bytes, rule: ResizeRule, limits: DecodeLimits) -> Decoded
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, limits)
+            announce(image.width * image.height)
             shape = _doubts_about_shape(image.size, rule)
             if image.format == "JPEG":
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))

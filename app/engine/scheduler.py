@@ -35,6 +35,10 @@ than that makes nothing faster."""
 _COALESCED_BYTES = 64 * 1024
 """Larger images are not compared: they rarely come twice at once, and the event loop would have to read all of each."""
 
+_HOLD_BACK_S = 0.005
+_HOLD_BACK_PIXELS = 512 * 512
+"""What is known is told at the latest when decoding of the next batch has taken so long, or comes to a larger picture."""
+
 HANG_TIMEOUT_S = 5.0
 """A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
@@ -276,7 +280,14 @@ class Scheduler:
 
     def _work(self) -> None:
         me = threading.get_ident()
-        while (first := self._waiting.get()) is not None:
+        untold: list[tuple[_Item, Outcome]] = []  # of the batch before
+        while True:
+            first = self._take() if untold else self._waiting.get()
+            if first is None:
+                if not untold:
+                    return
+                self._tell(untold)
+                continue
             batch = [first]
             # leave something for the other workers: two half batches end sooner than one whole
             share = math.ceil((self.waiting() + 1) / self.workers)
@@ -285,7 +296,7 @@ class Scheduler:
             alone = not self._busy_since and not self.waiting()
             self._busy_since[me] = time.monotonic()
             try:
-                self._process(batch, alone)
+                self._process(batch, alone, untold)
             except Exception as error:  # nobody may wait for ever, and the worker must live
                 logger.exception("a batch failed outside decoding and inference")
                 for item in batch:
@@ -293,20 +304,38 @@ class Scheduler:
             finally:
                 del self._busy_since[me]
 
-    def _process(self, batch: list[_Item], alone: bool) -> None:
+    def _process(self, batch: list[_Item], alone: bool, untold: list[tuple[_Item, Outcome]]) -> None:
+        """Decodes and infers a batch, and tells those of the batch before what came out.
+
+        They are told when this batch is ready for the model: the event loop then has the interpreter to itself while the model
+        runs. Told before, it would keep the interpreter from a worker that has to decode, and a core would rest.
+        """
         begin = time.monotonic()
+
+        def announce(pixels: int) -> None:
+            if pixels > _HOLD_BACK_PIXELS or time.monotonic() - begin > _HOLD_BACK_S:
+                self._tell(untold)
+
         # a client may leave while its image is decoded, too
-        ready = [item for item in batch if self._decode(item) and self._is_wanted(item)]
+        ready = [item for item in batch if self._decode(item, announce) and self._is_wanted(item)]
+        self._tell(untold)
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]
             if group:
-                self._infer(group, explain, alone)
+                untold += self._infer(group, explain, alone)
         if ready:
             seconds = (time.monotonic() - begin) / len(ready)
             # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
-    def _decode(self, item: _Item) -> bool:
+    def _tell(self, answered: list[tuple[_Item, Outcome]]) -> None:
+        """Resolves what waits for these, and empties the list."""
+        for item, outcome in answered:
+            for future in self._close(item):
+                future.set_result(outcome)
+        answered.clear()
+
+    def _decode(self, item: _Item, announce: Callable[[int], None]) -> bool:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         item.timing.queue_s = begin - item.timing.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
@@ -314,7 +343,7 @@ class Scheduler:
             return False
         try:
             data = item.data
-            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits)
+            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits, announce)
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.timing.decode_s = time.monotonic() - begin
             self._fail(item, error)
@@ -323,7 +352,7 @@ class Scheduler:
         item.timing.decode_s = time.monotonic() - begin
         return True
 
-    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> None:
+    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> list[tuple[_Item, Outcome]]:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
@@ -332,13 +361,11 @@ class Scheduler:
                 raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
         except Exception as error:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
-                for item in group:
-                    self._infer([item], explain, alone)
-                return
+                return [answer for item in group for answer in self._infer([item], explain, alone)]
             logger.exception("inference failed")
             group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
             self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
-            return
+            return []
         infer_s = time.monotonic() - begin
         outcomes = []
         for i, item in enumerate(group):
@@ -347,10 +374,8 @@ class Scheduler:
             similarity = None if answers.similarity is None else float(answers.similarity[i])
             warnings = item.decoded.warnings if item.decoded else ()
             outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
-        for item, outcome in zip(group, outcomes, strict=True):
-            for future in self._close(item):
-                future.set_result(outcome)
         self._on_batch(outcomes)
+        return list(zip(group, outcomes, strict=True))
 
     def _is_wanted(self, item: _Item, ready_by: float = -math.inf) -> bool:
         """Drops who has left, refuses who would have it too late; False if nobody remains and nothing is to be done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 import time
@@ -9,6 +10,7 @@ from concurrent.futures import CancelledError, wait
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from app.engine.artifact import read_verified
 from app.engine.scheduler import Scheduler
@@ -187,10 +189,10 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
 def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make, samples, monkeypatch):
     decoding, go_on = threading.Event(), threading.Event()
 
-    def slowly(data, rule, limits):
+    def slowly(data, rule, limits, announce):
         decoding.set()
         assert go_on.wait(TIMEOUT_S)
-        return decode_image(data, rule, limits)
+        return decode_image(data, rule, limits, announce)
 
     scheduler = make()
     monkeypatch.setattr("app.engine.scheduler.decode_image", slowly)
@@ -201,6 +203,50 @@ def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make
     (stays,) = scheduler.submit([samples[1].data])
     assert stays.result(TIMEOUT_S).timing.batch_size == 1
     assert session.batches == [1]
+
+
+def test_an_answer_does_not_wait_for_the_next_images_inference(session, make, samples, monkeypatch):
+    scheduler = make(max_batch=1)
+    first = hold(session, scheduler, samples[0].data)
+    (second,) = scheduler.submit([samples[1].data])
+    in_model, go_on = threading.Event(), threading.Event()
+
+    def slowly(images, **options):
+        in_model.set()
+        assert go_on.wait(TIMEOUT_S)
+        return Session.infer(session, images, **options)
+
+    monkeypatch.setattr(session, "infer", slowly)
+    session.gate.set()
+    assert in_model.wait(TIMEOUT_S)
+    assert first.result(TIMEOUT_S).timing.batch_size == 1
+    assert not second.done()
+    go_on.set()
+    assert second.result(TIMEOUT_S).timing.batch_size == 1
+
+
+def test_an_answer_does_not_wait_while_the_next_large_picture_is_decoded(session, make, samples, monkeypatch):
+    scheduler = make(max_batch=1)
+    first = hold(session, scheduler, samples[0].data)
+    buffer = io.BytesIO()
+    Image.new("1", (900, 900)).save(buffer, "PNG")
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def slowly(data, rule, limits, announce):
+        def announced(pixels):
+            announce(pixels)
+            decoding.set()
+            assert go_on.wait(TIMEOUT_S)
+
+        return decode_image(data, rule, limits, announced)
+
+    monkeypatch.setattr("app.engine.scheduler.decode_image", slowly)
+    (second,) = scheduler.submit([buffer.getvalue()])
+    session.gate.set()
+    assert decoding.wait(TIMEOUT_S)
+    assert first.result(TIMEOUT_S).timing.batch_size == 1
+    go_on.set()
+    assert "the picture is nearly of one colour" in second.result(TIMEOUT_S).warnings
 
 
 def test_only_a_lone_image_gets_every_core(session, make, samples):
