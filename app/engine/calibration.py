@@ -16,8 +16,11 @@ import numpy as np
 
 from app.engine.session import Session
 
-BUDGET_S = 0.2
-"""Aimed at; half for the curve, half for the workers. A first pass over the batch sizes is always made."""
+CURVE_S = 0.06
+"""Aimed at for the curve; a first pass over the batch sizes is always made."""
+
+FEWER_WORKERS_S = 0.04
+"""For each smaller number of workers."""
 
 _LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.15
@@ -58,19 +61,22 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
         max_batch: decided by the operator; 0 to measure.
     """
     begin = time.perf_counter()
+    # on a GPU one worker computes and one more decodes and copies meanwhile
+    most = workers or (min(2, cores) if session.provider == "cuda" else cores)
     batch_ms: dict[int, float] = {}
     if not max_batch:
-        batch_ms = _latency_curve(session, 1 if session.provider == "cuda" else workers or cores, begin + BUDGET_S / 2)
+        batch_ms = _latency_curve(session, 1 if session.provider == "cuda" else most, begin + CURVE_S)
         max_batch = _best_batch(batch_ms)
     images_s: dict[int, float] = {}
-    if not workers:
-        # on a GPU one worker computes and one more decodes and copies meanwhile
-        choices = {min(2, cores), 1} if session.provider == "cuda" else {cores, max(1, cores // 2), 1}
-        if len(choices) > 1:
-            images_s = {count: _throughput(session, count, max_batch, BUDGET_S / 2 / len(choices)) for count in choices}
-        workers = _best_workers(images_s) if images_s else 1
+    if not workers and most > 1:
+        images_s = {count: _throughput(session, count, max_batch, FEWER_WORKERS_S) for count in {1, most // 2}}
+        if batch_ms and session.provider != "cuda":  # the curve has it
+            images_s[most] = most * max_batch / batch_ms[max_batch] * 1000
+        else:
+            images_s[most] = _throughput(session, most, max_batch, FEWER_WORKERS_S)
+        workers = _best_workers(images_s)
     session.release_memory()
-    return Calibration(workers, max_batch, batch_ms, images_s, time.perf_counter() - begin)
+    return Calibration(workers or 1, max_batch, batch_ms, images_s, time.perf_counter() - begin)
 
 
 def _latency_curve(session: Session, workers: int, end: float) -> dict[int, float]:
