@@ -55,7 +55,7 @@ class Target:
         if cores:
             command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-        self.log = ""
+        self._lines: list[str] = []  # a text would be copied for each of a hundred thousand
         listening = threading.Event()
         self._reader = threading.Thread(target=self._read_log, args=(listening,), daemon=True)
         self._reader.start()
@@ -65,10 +65,15 @@ class Target:
             raise RuntimeError(f"the server did not start:\n{self.log}")
         self.port = int(found[1])
 
+    @property
+    def log(self) -> str:
+        """What the server has written so far."""
+        return "".join(self._lines)
+
     def _read_log(self, listening: threading.Event) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
-            self.log += line
+            self._lines.append(line)
             if "running on" in line:
                 listening.set()
         listening.set()
