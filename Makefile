@@ -48,7 +48,7 @@ bench: .venv/.dev  ## Server against the in-process limit, side by side (about t
 	$(BIN)/python -m benchmarks.serve --output benchmarks/results/serve.json --plot docs/images/serve.png
 	$(BIN)/python -m benchmarks.budget
 
-torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (twenty minutes); SEEDS=folder of more files to damage
+torture: .venv/.dev  ## Attack the real server and rewrite docs/reliability.md (a quarter of an hour); SEEDS=folder of more files to damage
 	$(BIN)/python -m torture $(if $(SEEDS),--seeds $(SEEDS))
 
 screenshot: .venv/.dev  ## Take docs/images/page.png anew; needs Chromium (apt-get install chromium fonts-inter)
