@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import logging
@@ -13,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,9 +43,6 @@ _EXTRAS = {
     "pyarrow": "[parquet]",
 }
 """What installs a package that the base does without."""
-
-_M_ARENA_MAX = -8
-"""mallopt(3)."""
 
 
 @app.command()
@@ -92,9 +88,6 @@ def _spare_the_start() -> None:
     sys.modules["pydantic.v1"] = None  # type: ignore[assignment]
     # most models are FastAPI's, for OpenAPI documents: they are built when somebody asks for one
     BaseModel.model_config["defer_build"] = True
-    # glibc would keep a heap for each thread, and what one thread has freed from the others: a tenth of all memory
-    with suppress(AttributeError, OSError):  # another C library has no such call, and no such heaps
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _supervise(settings: Settings) -> int:

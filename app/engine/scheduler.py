@@ -107,6 +107,9 @@ class _Item:
     decoded: DecodedImage | None = None
 
 
+_Answered = tuple[list[_Item], list[Outcome]]
+
+
 class Scheduler:
     """Feeds a session from a bounded queue.
 
@@ -280,7 +283,7 @@ class Scheduler:
 
     def _work(self) -> None:
         me = threading.get_ident()
-        untold: list[tuple[_Item, Outcome]] = []  # of the batch before
+        untold: list[_Answered] = []  # of the batch before
         while True:
             first = self._take() if untold else self._waiting.get()
             if first is None:
@@ -304,7 +307,7 @@ class Scheduler:
             finally:
                 del self._busy_since[me]
 
-    def _process(self, batch: list[_Item], alone: bool, untold: list[tuple[_Item, Outcome]]) -> None:
+    def _process(self, batch: list[_Item], alone: bool, untold: list[_Answered]) -> None:
         """Decodes and infers a batch, and tells those of the batch before what came out.
 
         They are told when this batch is ready for the model: the event loop then has the interpreter to itself while the model
@@ -328,11 +331,13 @@ class Scheduler:
             # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
-    def _tell(self, answered: list[tuple[_Item, Outcome]]) -> None:
+    def _tell(self, answered: list[_Answered]) -> None:
         """Resolves what waits for these, and empties the list."""
-        for item, outcome in answered:
-            for future in self._close(item):
-                future.set_result(outcome)
+        for items, outcomes in answered:
+            for item, outcome in zip(items, outcomes, strict=True):
+                for future in self._close(item):
+                    future.set_result(outcome)
+            self._on_batch(outcomes)
         answered.clear()
 
     def _decode(self, item: _Item, announce: Callable[[int], None]) -> bool:
@@ -352,7 +357,7 @@ class Scheduler:
         item.timing.decode_s = time.monotonic() - begin
         return True
 
-    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> list[tuple[_Item, Outcome]]:
+    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> list[_Answered]:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
@@ -374,8 +379,7 @@ class Scheduler:
             similarity = None if answers.similarity is None else float(answers.similarity[i])
             warnings = item.decoded.warnings if item.decoded else ()
             outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
-        self._on_batch(outcomes)
-        return list(zip(group, outcomes, strict=True))
+        return [(group, outcomes)]
 
     def _is_wanted(self, item: _Item, ready_by: float = -math.inf) -> bool:
         """Drops who has left, refuses who would have it too late; False if nobody remains and nothing is to be done."""
