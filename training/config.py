@@ -288,8 +288,8 @@ PRESETS: dict[str, Preset] = {
             ema_decay=0.999,
         ),
         source="ours: a fourth cycle, begun with the mean of `cpu-2` and `cpu-3`, grown from 192 to 256 channels (--init)",
-        cost="not run yet",
-        result="not run yet",
+        cost="100 to 180 images a second on two Zen 3 cores: about an hour when nothing else runs",
+        result="not run to its end yet",
     ),
     "small": Preset(
         TrainConfig(
