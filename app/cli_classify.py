@@ -24,7 +24,7 @@ from app.errors import ServiceError
 
 if TYPE_CHECKING:
     from app.client import Client
-    from app.engine.scheduler import Outcome
+    from app.engine.outcome import Outcome
     from app.service import Service
 
 Row: TypeAlias = dict[str, Any]

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from app.engine.scheduler import Timing
+    from app.engine.outcome import Timing
 
 CLIENT_LEFT = 499
 """No status of HTTP, but nginx's for a client that closed its connection before the answer."""

@@ -17,7 +17,7 @@ from pydantic_core import to_json
 
 from app.api.classify import RAW_TYPES, Wanted
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
-from app.engine.scheduler import Outcome, Timing
+from app.engine.outcome import Outcome, Timing
 from app.errors import CLIENT_LEFT, DeadlineExceeded, ServiceError
 from app.protection import choose_request_id
 from app.telemetry.exchange import Exchange, server_timing

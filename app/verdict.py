@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 from app.schemas import HeatMap, Prediction
 
 

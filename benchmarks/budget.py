@@ -22,7 +22,8 @@ import uvloop
 from uvicorn.server import ServerState
 
 from app.connection import Protocol
-from app.engine.scheduler import Outcome, Scheduler, Timing
+from app.engine.outcome import Outcome, Timing
+from app.engine.scheduler import Scheduler
 from app.images import DecodeLimits, decode_image
 from app.load import prepare
 from app.service import Service

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from app.api.inference import DeadlineHeader, infer, read_body
 from app.api.problems import problem_response
-from app.engine.scheduler import Outcome, Timing
+from app.engine.outcome import Outcome, Timing
 from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service

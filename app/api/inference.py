@@ -13,7 +13,7 @@ from typing import Annotated
 from fastapi import Header, Request
 from starlette.requests import ClientDisconnect
 
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 from app.errors import DeadlineExceeded
 from app.images import DecodedImage
 from app.protection import Receive

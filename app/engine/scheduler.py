@@ -20,8 +20,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from app.engine.outcome import Outcome, Timing
 from app.engine.session import Session
 from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
@@ -42,46 +42,6 @@ _HOLD_BACK_PIXELS = 512 * 512
 HANG_TIMEOUT_S = 5.0
 """A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
-
-
-@dataclass(slots=True)
-class Timing:
-    """One image's way through the stages; what it did not reach is 0.
-
-    Attributes:
-        submitted: time.monotonic() at which it began to wait.
-        queue_s: seconds spent waiting; decoding begins where they end.
-        decode_s: seconds spent decoding this image.
-        infer_begin: time.monotonic() at which its batch went to the model.
-        infer_s: seconds the batch spent in the model.
-        batch_size: images in that batch.
-    """
-
-    submitted: float
-    queue_s: float = 0.0
-    decode_s: float = 0.0
-    infer_begin: float = 0.0
-    infer_s: float = 0.0
-    batch_size: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the engine has to say about one image.
-
-    Attributes:
-        logits: float32 [C].
-        class_maps: float32 [C, h, w], or None if not asked for.
-        similarity: to the training images, or None if the artifact's score needs none.
-        warnings: of the decoder.
-        timing: of this image.
-    """
-
-    logits: NDArray[np.float32]
-    class_maps: NDArray[np.float32] | None
-    similarity: float | None
-    warnings: tuple[str, ...]
-    timing: Timing
 
 
 @dataclass(eq=False, slots=True)

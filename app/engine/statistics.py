@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 
 
 @dataclass

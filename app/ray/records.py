@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 from app.errors import BodyTooLarge, ServiceError, StartupError, UndecodableImage
 from app.ray.shards import UNREADABLE, JobDescription, Piece, Place, ShardResult, Shards
 from app.service import Service

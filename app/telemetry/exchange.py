@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from app.engine.scheduler import Timing
+    from app.engine.outcome import Timing
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from app import __version__
 from app.errors import CLIENT_LEFT, NotServing, Overloaded, ServiceError
 
 if TYPE_CHECKING:
-    from app.engine.scheduler import Outcome
+    from app.engine.outcome import Outcome
     from app.schemas import Prediction
     from app.service import Service
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
-    from app.engine.scheduler import Timing
+    from app.engine.outcome import Timing
 
 logger = logging.getLogger(__name__)
 

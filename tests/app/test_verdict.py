@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from app.engine.artifact import ArtifactMetadata
-from app.engine.scheduler import Outcome, Timing
+from app.engine.outcome import Outcome, Timing
 from app.images import ResizeRule
 from app.verdict import energy, heat_map, judge, softmax
 

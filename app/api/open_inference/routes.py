@@ -36,7 +36,7 @@ from app.api.open_inference.schemas import (
     ServerReady,
     StatisticsAnswer,
 )
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
 from app.errors import MalformedRequest, NotServing, ServiceError, UnknownModel
 from app.service import Service

@@ -31,7 +31,7 @@ from app.api.open_inference.schemas import (
     ResponseOutput,
 )
 from app.engine.artifact import ArtifactMetadata
-from app.engine.scheduler import Outcome
+from app.engine.outcome import Outcome
 from app.errors import MalformedRequest, TooManyImages
 from app.images import DecodedImage
 from app.verdict import softmax

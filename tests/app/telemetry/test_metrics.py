@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
-from app.engine.scheduler import Outcome, Timing
+from app.engine.outcome import Outcome, Timing
 from app.telemetry.metrics import MAX_CLASSES, SECONDS, Metrics
 
 
