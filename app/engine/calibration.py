@@ -19,8 +19,8 @@ from app.engine.session import Session
 CURVE_S = 0.06
 """Aimed at for the curve; a first pass over the batch sizes is always made."""
 
-FEWER_WORKERS_S = 0.04
-"""For each smaller number of workers."""
+THROUGHPUT_S = 0.04
+"""For each number of workers whose rate the curve does not tell."""
 
 _LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.15
@@ -69,11 +69,11 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
         max_batch = _best_batch(batch_ms)
     images_s: dict[int, float] = {}
     if not workers and most > 1:
-        images_s = {count: _throughput(session, count, max_batch, FEWER_WORKERS_S) for count in {1, most // 2}}
+        images_s = {count: _throughput(session, count, max_batch, THROUGHPUT_S) for count in {1, most // 2}}
         if batch_ms and session.provider != "cuda":  # the curve has it
             images_s[most] = most * max_batch / batch_ms[max_batch] * 1000
         else:
-            images_s[most] = _throughput(session, most, max_batch, FEWER_WORKERS_S)
+            images_s[most] = _throughput(session, most, max_batch, THROUGHPUT_S)
         workers = _best_workers(images_s)
     session.release_memory()
     return Calibration(workers or 1, max_batch, batch_ms, images_s, time.perf_counter() - begin)
