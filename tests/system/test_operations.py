@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import onnxruntime
 import pytest
+from PIL import Image
 
 WEBP = {"Content-Type": "image/webp"}
 WITH_OPENVINO = pytest.mark.skipif(
@@ -101,6 +103,24 @@ def refuses_to_start(server) -> str:
     assert "Uvicorn running" not in server.log
     assert "Traceback" not in server.log, server.log
     return server.log
+
+
+def test_memory_of_large_pictures_is_given_back(start, samples):
+    server = start(workers=2, max_batch=2)
+    picture = io.BytesIO()
+    Image.new("RGB", (3000, 2000)).save(picture, "PNG")  # 23 MiB when decoded
+    with httpx.Client(base_url=server.wait_until_ready()) as client:
+
+        def resident_mib() -> float:
+            return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1]) / 1024
+
+        for sample in samples[:20]:
+            client.post("/classify", content=sample.data, headers=WEBP)
+        before = resident_mib()
+        for _ in range(8):
+            answer = client.post("/classify", content=picture.getvalue(), headers={"Content-Type": "image/png"})
+            assert answer.status_code == 200
+        assert resident_mib() < before + 12
 
 
 def test_a_tampered_artifact_is_refused(start, artifact_path, tmp_path):
