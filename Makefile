@@ -35,13 +35,14 @@ train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint,
 evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
-export: .venv/.dev  ## Release RUN's evaluated checkpoint: the artifact that ships, the checkpoint, the model card
-	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
+export: .venv/.dev  ## Make RUN's evaluated checkpoint the model that ships, as VERSION: artifact, checkpoint, model card
+	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.4.0" >&2; exit 1; }
+	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
 	mkdir -p releases/fast
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
 
-study: .venv/.dev  ## Train what the paper claims as a grid of small networks and judge it (an hour and a half); BUDGET=full for a GPU
+study: .venv/.dev  ## Train what the paper claims as a grid of small networks and judge it (two to three hours); BUDGET=full for a GPU
 	$(BIN)/convmixer-train study --budget $(BUDGET) $(DATA_OPTION)
 
 bench: .venv/.dev  ## Server against the in-process limit, side by side (about three minutes)

@@ -79,7 +79,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="JSON report. Default: evaluation.json beside the checkpoint.")] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Measure a checkpoint on the test set; the only command that reads it."""
+    """Measure a checkpoint on the test set; nothing is chosen by it."""
     from training.evaluate import evaluate as run
 
     path = output or checkpoint.with_name("evaluation.json")

@@ -1,4 +1,4 @@
-"""The one place that reads the test set: a released checkpoint → a JSON report."""
+"""A released checkpoint on the test set → a JSON report."""
 
 from __future__ import annotations
 

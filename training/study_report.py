@@ -120,9 +120,9 @@ def render_page(studies: dict[str, Any]) -> str:
 Written by `convmixer-train study` from `study.json` beside it, which has every setting; do not edit. What is run and what is
 claimed is declared in `training/studies/`.
 
-Each network was trained once for each seed, with the same number of epochs and the same recipe: this repository's CPU preset for
-ConvMixer with the usual epsilon of AdamW and without averaged weights, tried on none of the others, which favours ConvMixer if
-any. ± is the 95 % interval of the mean over seeds
+Each network was trained once for each seed, with the same number of epochs and the same recipe, made from this repository's CPU
+preset for ConvMixer: half its rate, the usual epsilon of AdamW, no label smoothing, erasing, growing images or averaged weights.
+It was tried on none of the others, which favours ConvMixer if any. ± is the 95 % interval of the mean over seeds
 (Student's t): how well these seeds pin the mean down; the test images are the same for all. A difference has Welch's interval. A
 claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided* otherwise.
 No interval is corrected for being one of several. Seconds tell also what else the machine did; multiply-accumulates do not.

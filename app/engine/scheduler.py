@@ -1,7 +1,7 @@
 """Where the images of all clients meet: a bounded queue, worker threads, greedy batches, deadlines, drain.
 
-A worker takes what is waiting (never waits for a batch to fill), decodes it, runs the model and resolves the futures:
-one hop between threads a request. Decoding happens in the worker because Pillow and onnxruntime both release the GIL,
+A worker takes what is waiting (never waits for a batch to fill), decodes it, runs the model, and resolves the futures when
+its next batch is ready for the model (docs/decisions/0011): one hop between threads a request. Decoding happens in the worker because Pillow and onnxruntime both release the GIL,
 so decoding of one image runs beside inference of another without a second queue.
 
 Every future that `submit` returns is resolved, whatever happens: with a result, or with the ServiceError that says why
