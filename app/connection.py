@@ -156,13 +156,13 @@ class Protocol(HttpToolsProtocol):
             self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
         if self._deaf:
             return
-        self._in_headers, self._header_bytes = False, 0
         head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
         if head:
             self._start_raw(head)
         else:
+            super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
-            super().on_headers_complete()
+        self._in_headers, self._header_bytes = False, 0
 
     def _start_raw(self, head: raw_image.Head) -> raw_image.RawImageRequest:
         self._raw = raw_image.RawImageRequest(self, head)
@@ -255,7 +255,10 @@ class Protocol(HttpToolsProtocol):
         elif self._raw and not self._raw.response_complete:
             self._raw.fail(error, keep_alive=False)
         else:
-            if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+            # one that was answered before all of it had come gets no second answer
+            answered = cycle is not None and cycle.response_complete and not self._in_headers
+            in_work = cycle is not None and not cycle.response_complete and (cycle.response_started or bool(self.pipeline))
+            if not answered and not in_work:
                 self._answer_nothing(error)
             self.transport.close()
 

@@ -42,6 +42,10 @@ class ServiceError(Exception):
         self.retry_after_s = retry_after_s
         self.reason = reason or next(iter(self.reasons), None)
 
+    def forget_origin(self) -> None:
+        """Lets go of the frames it came through, which hold pictures and bodies for as long as somebody remembers the failure."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+
 
 class MalformedRequest(ServiceError):
     """The body is no valid JSON, multipart or base64, or holds no image at all."""

@@ -26,6 +26,9 @@ _DRAFT_MARGIN = 4
 
 _ORIENTATION_TAG = 0x0112
 
+_MOST_READS = 200_000
+"""A file of 32 MiB in pieces of 8 KiB, as they are usually written, takes 20,000."""
+
 # When an answer deserves doubt whatever the model says. Of the 10,000 CIFAR-10 test images and 250 ordinary photos none is
 # called blank or blurred; of the test images blurred with a Gaussian of 1.5 pixels 93 % are.
 _MAX_ASPECT = 2
@@ -77,6 +80,27 @@ class DecodeLimits:
         Image.MAX_IMAGE_PIXELS = self.max_pixels // 2
 
 
+class _CountedReads(io.BytesIO):
+    """A file that can be read a limited number of times.
+
+    Pillow walks chunks, segments, frames and runs in Python, a read or more for each, and with the interpreter to itself: a file
+    of millions of empty ones would keep it for ten seconds and more, and the engine would be taken for hung.
+    """
+
+    left = _MOST_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As BytesIO's.
+
+        Raises:
+            UndecodableImage: the file was read too many times.
+        """
+        self.left -= 1
+        if self.left < 0:
+            raise UndecodableImage(f"the image file consists of more than {_MOST_READS:,} pieces; encode it again")
+        return super().read(size)
+
+
 @dataclass(frozen=True)
 class DecodedImage:
     """One picture, ready for the model.
@@ -107,13 +131,13 @@ def decode_image(
         UndecodableImage: damaged (422).
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(_CountedReads(data), formats=FORMATS) as image:
             _check_size(image, limits)
             announce(image.width * image.height)
             shape = _doubts_about_shape(image.size, rule)
             if image.format == "JPEG":
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
-            warnings = ["animation: only the first frame was classified"] if getattr(image, "n_frames", 1) > 1 else []
+            warnings = ["animation: only the first frame was classified"] if getattr(image, "is_animated", False) else []
             image.load()
             upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
             full = _to_8_bit(upright, warnings)

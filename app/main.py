@@ -75,18 +75,19 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)
-    if settings.cors_origins:
-        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
-        app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Request-ID"]
-        )
-    return RequestGuard(
+    guarded = RequestGuard(
         app,
         keys=ApiKeys(settings.keys()),
         max_body_bytes=settings.max_body_bytes,
         answer_failure=problems.answer_failure,
         on_response=_tell,
     )
+    if not settings.cors_origins:
+        return guarded
+    # around the guard: a preflight brings no key, and scripts may read only answers that allow it, refusals too
+    origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+    exposed = ["X-Request-ID", "Retry-After", "Server-Timing"]
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
 
 
 def _watch(settings: Settings, service: Service) -> Callable[[], None]:

@@ -60,7 +60,10 @@ def supervise(settings: Settings, command: Sequence[str]) -> int:
         stopping = False
 
         def spawn() -> None:
-            started[os.posix_spawn(whole[0], whole, os.environ)] = time.monotonic()
+            pid = os.posix_spawn(whole[0], whole, os.environ)
+            started[pid] = time.monotonic()
+            if stopping:  # the signal came when it was not known yet
+                os.kill(pid, signal.SIGTERM)
 
         def stop(*_: object) -> None:
             nonlocal stopping

@@ -191,6 +191,7 @@ class RawImageRequest:
         self.disconnected = self.response_complete = True
         if self.future:
             self.future.cancel()
+            self.future = None
         self._release(CLIENT_LEFT)
 
     def _begin(self) -> None:
@@ -215,10 +216,16 @@ class RawImageRequest:
     def _end(self) -> None:
         if self.disconnected or self.protocol.transport.is_closing() or self.future is None:
             return
-        try:
-            self._answer(self.future.result())
-        except Exception as error:
+        # forgotten, as the connection remembers this request until the next; and a failure that is not raised gathers no frames
+        future, self.future = self.future, None
+        error = future.exception()
+        if isinstance(error, Exception):
             self.fail(error)
+            return
+        try:
+            self._answer(future.result())
+        except Exception as defect:
+            self.fail(defect)
 
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service

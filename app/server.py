@@ -106,6 +106,7 @@ class _Server(uvicorn.Server):
         """Makes room for a sound process if the engine has failed, and leaves if nobody is there to do so."""
         if reason := service.scheduler.failure():
             logger.critical("%s; this process ends and is replaced", reason)
+            logging.shutdown()  # or that line would be lost
             os._exit(ENGINE_FAILURE)  # threads that hang would keep any other end waiting
         if os.getppid() != self._parent:
             self.should_exit = True

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 
@@ -61,6 +62,13 @@ class ServerProcess:
         """Exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
+
+
+def resident_mib(server: ServerProcess) -> float:
+    """Memory that the process has now, in MiB."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 class ScriptedServer:

@@ -91,6 +91,9 @@ _BODY_SCHEMA: dict[str, Any] = {
 }
 
 # FastAPI would call it application/json; the models it refers to are components of the document through ClassifyAnswer
+_OTHER_MARKS = 100
+"""Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
+
 _PROBLEM_SCHEMA = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
 del _PROBLEM_SCHEMA["$defs"]
 
@@ -182,7 +185,7 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
-        uploads = _read_json(await read_body(request))
+        uploads = _read_json(await read_body(request), max_images)
     elif media_type in RAW_TYPES or not media_type:
         uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
@@ -190,10 +193,6 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     else:
         raise UnsupportedMediaType(
             f"Content-Type {media_type!r} is not read here; send {', '.join(RAW_TYPES)}, multipart/form-data or application/json"
-        )
-    if len(uploads) > max_images:
-        raise TooManyImages(
-            f"{len(uploads)} images; one request may have {max_images} (CONVMIXER_MAX_IMAGES); send several requests"
         )
     return uploads
 
@@ -206,23 +205,37 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
                 raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
             if not files:
                 raise MalformedRequest("the form holds no file; send at least one image")
-            return [Upload(await file.read(), file.filename) for file in files]
+            return [Upload(await file.read(), _plain(file.filename)) for file in files]
     except HTTPException as error:  # Starlette's word for a malformed body or too many files
         if "Too many files" in error.detail:
-            raise TooManyImages(
-                f"more than {max_images} images in one request (CONVMIXER_MAX_IMAGES); send several requests"
-            ) from error
+            raise _too_many(max_images) from error
         raise MalformedRequest(f"the multipart body cannot be read: {error.detail}") from error
+    except UnicodeError as error:
+        raise MalformedRequest("the form's names cannot be read in the charset it declares; send utf-8") from error
 
 
-def _read_json(body: bytes) -> list[Upload]:
+def _plain(name: str | None) -> str | None:
+    """A file's name as it can be answered: a charset of the client's may have made it one that UTF-8 cannot say."""
+    return name and name.encode(errors="replace").decode()
+
+
+def _read_json(body: bytes, max_images: int) -> list[Upload]:
+    # millions of items would be built before they could be counted; base64 has none of these bytes
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
+        raise _too_many(max_images)
     try:
         encoded = ClassifyJson.model_validate_json(body).images
     except ValidationError as error:
-        reason = error.errors()[0]
+        reason = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in reason["loc"]) or "body"
         raise MalformedRequest(f'the JSON body must be {{"images": ["<base64>", …]}}; {where}: {reason["msg"]}') from error
+    if len(encoded) > max_images:
+        raise _too_many(max_images)
     return [_from_base64(text) for text in encoded]
+
+
+def _too_many(max_images: int) -> TooManyImages:
+    return TooManyImages(f"more than {max_images} images in one request (CONVMIXER_MAX_IMAGES); send several requests")
 
 
 def _from_base64(text: str) -> Upload:

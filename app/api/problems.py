@@ -127,6 +127,8 @@ def install(app: FastAPI) -> None:
 
 def _note(scope: MutableMapping[str, Any], code: str, error: Exception) -> None:
     """Tells metrics, access log and traces what went wrong."""
+    if isinstance(error, ServiceError):
+        error.forget_origin()
     state = scope["state"]
     state["service"].metrics.count_failure(code, error.reason if isinstance(error, ServiceError) else None)
     state["exchange"].code, state["exchange"].error = code, error

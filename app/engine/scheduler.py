@@ -1,8 +1,9 @@
 """Where the images of all clients meet: a bounded queue, worker threads, greedy batches, deadlines, drain.
 
 A worker takes what is waiting (never waits for a batch to fill), decodes it, runs the model, and resolves the futures when
-its next batch is ready for the model (docs/decisions/0011): one hop between threads a request. Decoding happens in the worker because Pillow and onnxruntime both release the GIL,
-so decoding of one image runs beside inference of another without a second queue.
+its next batch is ready for the model (docs/decisions/0011): one hop between threads a request. Decoding happens in the worker
+because Pillow and onnxruntime both release the GIL, so decoding of one image runs beside inference of another without a second
+queue.
 
 Every future that `submit` returns is resolved, whatever happens: with a result, or with the ServiceError that says why
 not. An image whose decoding or inference fails takes nobody with it.
@@ -236,10 +237,14 @@ class Scheduler:
         return item
 
     def _predicted_wait_s(self, waiting: int, more: int) -> float:
-        """Until so many more images are done; 0 while a worker is free for them."""
-        if not waiting and len(self._busy_since) + more <= self.workers:
+        """Until so many more images are done; 0 while a worker is free for each, or all are free.
+
+        All free, they are tried whatever was learnt: nothing else would correct a time that is too long.
+        """
+        busy = len(self._busy_since)
+        if not waiting and (not busy or busy + more <= self.workers):
             return 0.0
-        return (waiting + len(self._busy_since) + more) * self._image_s / self.workers
+        return (waiting + busy + more) * self._image_s / self.workers
 
     def _work(self) -> None:
         me = threading.get_ident()
@@ -251,21 +256,27 @@ class Scheduler:
                     return
                 self._tell(untold)
                 continue
-            batch = [first]
-            # leave something for the other workers: two half batches end sooner than one whole
-            share = math.ceil((self.waiting() + 1) / self.workers)
-            while len(batch) < min(share, self.max_batch) and (item := self._take()):
-                batch.append(item)
+            batch = self._gather(first)
             alone = not self._busy_since and not self.waiting()
             self._busy_since[me] = time.monotonic()
             try:
                 self._process(batch, alone, untold)
-            except Exception as error:  # nobody may wait for ever, and the worker must live
+            except Exception:  # nobody may wait for ever, and the worker must live
                 logger.exception("a batch failed outside decoding and inference")
-                for item in batch:
-                    self._fail(item, InferenceFailed("the engine failed; the log has the reason"), error)
+                while batch:
+                    self._fail(batch.pop(), InferenceFailed("the engine failed; the log has the reason"))
             finally:
                 del self._busy_since[me]
+            del first, batch  # no image is held while the worker waits for the next
+
+    def _gather(self, first: _Item) -> list[_Item]:
+        """A batch of this image and of what waits behind it."""
+        batch = [first]
+        # leave something for the other workers: two half batches end sooner than one whole
+        share = math.ceil((self.waiting() + 1) / self.workers)
+        while len(batch) < min(share, self.max_batch) and (item := self._take()):
+            batch.append(item)
+        return batch
 
     def _process(self, batch: list[_Item], alone: bool, untold: list[_Answered]) -> None:
         """Decodes and infers a batch, and tells those of the batch before what came out.
@@ -286,8 +297,9 @@ class Scheduler:
             group = [item for item in ready if item.explain is explain]
             if group:
                 untold += self._infer(group, explain, alone)
-        if ready:
-            seconds = (time.monotonic() - begin) / len(ready)
+        # a picture that took long and could not be decoded tells how long the next may take, too
+        if tried := sum(item.timing.decode_s > 0 for item in batch):
+            seconds = (time.monotonic() - begin) / tried
             # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
@@ -310,6 +322,7 @@ class Scheduler:
             data = item.data
             item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits, announce)
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
+            item.data = b""
             item.timing.decode_s = time.monotonic() - begin
             self._fail(item, error)
             return False
@@ -324,12 +337,12 @@ class Scheduler:
             answers = self.session.infer(images, explain=explain, alone=alone)
             if len(answers.logits) != len(group):
                 raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
-        except Exception as error:
+        except Exception:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 return [answer for item in group for answer in self._infer([item], explain, alone)]
             logger.exception("inference failed")
             group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
-            self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"), error)
+            self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"))
             return []
         infer_s = time.monotonic() - begin
         outcomes = []
@@ -365,9 +378,9 @@ class Scheduler:
             askers, item.askers = item.askers, []
         return [asker.future for asker in askers if asker.future.set_running_or_notify_cancel()]
 
-    def _fail(self, item: _Item, error: Exception, cause: Exception | None = None) -> None:
-        error.__cause__ = cause or error.__cause__
+    def _fail(self, item: _Item, error: Exception) -> None:
         if isinstance(error, ServiceError):
             error.timing = item.timing
+            error.forget_origin()
         for future in self._close(item):
             future.set_exception(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -151,6 +152,38 @@ def test_a_frame_beyond_its_screen_is_refused_before_it_is_filled(monkeypatch):
     data = b"GIF89a" + struct.pack("<HH", 32, 32) + b"\0\0\0" + b"," + frame + b"\0" + b"\2\2L\1\0;"
     with pytest.raises(ImageTooLarge, match="CONVMIXER_MAX_PIXELS"):
         decode_image(data, RULE, LIMITS)
+
+
+def in_pieces(picture: Image.Image) -> dict[str, bytes]:
+    """Files in millions of pieces, each of which Pillow walks in Python; they differ in nothing else from a good one."""
+    png, jpeg, gif = encode(picture, "PNG"), encode(picture, "JPEG"), encode(picture.quantize(), "GIF")
+    chunk = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    first_block = 13 + 3 * 2 ** ((gif[10] & 7) + 1)  # behind the palette
+    # a picture of one colour whose runs are of one pixel each
+    runs = 900 * (b"\1\0" * 900 + b"\0\0")
+    bmp = encode(Image.new("P", (900, 900)), "BMP")
+    offset = struct.unpack("<I", bmp[10:14])[0]
+    return {
+        "chunks": png[:33] + chunk * 1_000_000 + png[33:],
+        "fill bytes": jpeg[:2] + b"\xff" * 1_000_000 + jpeg[2:],
+        "comments": jpeg[:2] + b"\xff\xfe\0\2" * 1_000_000 + jpeg[2:],
+        "extensions": gif[:first_block] + b"!\xfe\0" * 1_000_000 + gif[first_block:],
+        "runs": bmp[:30] + struct.pack("<I", 1) + bmp[34:offset] + runs + b"\0\1",
+    }
+
+
+@pytest.mark.parametrize("kind", ["chunks", "fill bytes", "comments", "extensions", "runs"])
+def test_a_file_in_too_many_pieces_is_refused_before_all_are_walked(picture, kind):
+    with pytest.raises(UndecodableImage, match="200,000 pieces"):
+        decode(in_pieces(picture)[kind])
+
+
+def test_of_a_long_animation_no_more_than_the_second_frame_is_looked_at(picture):
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\0"
+    gif = encode(picture.quantize(), "GIF")
+    result = decode_image(gif[:-1] + frame * 1_000_000 + b";", RULE, LIMITS)
+    assert result.warnings == ("animation: only the first frame was classified",)
+    assert np.array_equal(result.pixels, decode(gif))
 
 
 def test_what_cannot_be_seen_well_is_said(samples):

@@ -76,6 +76,22 @@ def test_other_origins_only_if_set(start, base_url, samples):
         assert response.headers.get("Access-Control-Allow-Origin") == allowed
 
 
+def test_a_page_of_an_allowed_origin_may_send_a_key_and_read_refusals(start, samples):
+    url = start(cors_origins="https://shop.example", api_keys="secret").wait_until_ready()
+    origin = {"Origin": "https://shop.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+    preflight = httpx.options(f"{url}/classify", headers=origin | asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+    assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    for key, status in (("secret", 200), ("guess", 401)):
+        headers = WEBP | origin | {"Authorization": f"Bearer {key}"}
+        response = httpx.post(f"{url}/classify", content=samples[0].data, headers=headers)
+        assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (status, origin["Origin"])
+    stranger = httpx.options(f"{url}/classify", headers={"Origin": "https://other.example"} | asked)
+    assert "Access-Control-Allow-Origin" not in stranger.headers
+
+
 def refused(start, path) -> str:
     server = start(model=path)
     assert server.wait() != 0

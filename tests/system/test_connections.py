@@ -14,7 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.server import ServerProcess
+from tests.server import ServerProcess, resident_mib
 
 RECEIVE_TIMEOUT_S = 1
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
@@ -251,6 +251,44 @@ def test_what_follows_a_good_request_does_not_harm_it(impatient, client, samples
         connection.sendall(classify_request(samples[0].data) + b"nonsense\r\n\r\n")
         ((status, _, body),) = answers(connection)
     assert (status, body["predictions"][0]["label"]) == (200, alone)
+
+
+@pytest.mark.parametrize("target", [b"http://example.com", "/ä".encode()])
+def test_an_unreadable_target_behind_a_good_request_does_not_take_its_answer(impatient, client, samples, target):
+    alone = client.post("/classify", files={"images": samples[0].data}).json()["predictions"][0]["label"]
+    with connect(impatient) as connection:
+        connection.sendall(classify_request(samples[0].data) + b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        (status, _, body), *others = answers(connection)
+    assert (status, body["predictions"][0]["label"]) == (200, alone)
+    assert [other for other, _, _ in others] in ([], [400])
+
+
+def test_what_was_answered_before_it_had_come_gets_no_second_answer(impatient):
+    for rest in (b"", b"zz\r\n"):
+        with connect(impatient) as connection:
+            connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            received = answers(connection)
+            assert next(received)[0] == 404
+            connection.sendall(rest)
+            assert not list(received)
+
+
+def test_pictures_that_failed_are_not_kept_while_their_clients_stay(start, samples):
+    server = start(workers=2)
+    url = server.wait_until_ready()
+    picture = io.BytesIO()
+    Image.new("RGB", (4000, 4000), "red").save(picture, "PNG")  # 61 MiB when decoded
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(url)) for _ in range(12)]
+        received = [answers(connection) for connection in connections]
+        for sample, connection, answer in zip(samples, connections, received, strict=False):
+            connection.sendall(classify_request(sample.data))
+            assert next(answer)[0] == 200
+        before = resident_mib(server)
+        for connection, answer in zip(connections, received, strict=True):
+            connection.sendall(classify_request(picture.getvalue()[:-500]))
+            assert next(answer)[0] == 422
+        assert resident_mib(server) < before + 40
 
 
 def test_idle_connections_make_room_for_new_ones(impatient, samples):

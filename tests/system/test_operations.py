@@ -15,6 +15,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from tests.server import resident_mib
+
 WEBP = {"Content-Type": "image/webp"}
 WITH_OPENVINO = pytest.mark.skipif(
     "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers(), reason="the [openvino] extra is not installed"
@@ -110,17 +112,13 @@ def test_memory_of_large_pictures_is_given_back(start, samples):
     picture = io.BytesIO()
     Image.new("RGB", (3000, 2000)).save(picture, "PNG")  # 23 MiB when decoded
     with httpx.Client(base_url=server.wait_until_ready()) as client:
-
-        def resident_mib() -> float:
-            return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1]) / 1024
-
         for sample in samples[:20]:
             client.post("/classify", content=sample.data, headers=WEBP)
-        before = resident_mib()
+        before = resident_mib(server)
         for _ in range(8):
             answer = client.post("/classify", content=picture.getvalue(), headers={"Content-Type": "image/png"})
             assert answer.status_code == 200
-        assert resident_mib() < before + 12
+        assert resident_mib(server) < before + 12
 
 
 def test_a_tampered_artifact_is_refused(start, artifact_path, tmp_path):

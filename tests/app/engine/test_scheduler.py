@@ -15,7 +15,7 @@ from PIL import Image
 from app.engine.artifact import read_verified
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session
-from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError, UnsupportedImage
+from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError, UndecodableImage, UnsupportedImage
 from app.images import DecodeLimits, decode_image
 
 TIMEOUT_S = 60
@@ -172,6 +172,40 @@ def test_what_would_probably_be_late_is_refused_at_once(session, make, samples):
     # an idle worker tries however little time there is: otherwise one slow picture could close the service for good
     (tried,) = scheduler.submit([samples[3].data], timeout_s=0.001)
     assert isinstance(tried.exception(TIMEOUT_S), DeadlineExceeded | None)
+
+
+def test_an_idle_engine_tries_what_it_thinks_too_slow(session, make, samples, monkeypatch):
+    scheduler = make(workers=2)
+    monkeypatch.setattr(scheduler, "_image_s", 2.0)  # as after a start beside other work
+    images, timeout_s = [sample.data for sample in samples[:8]], 10
+    first = hold(session, scheduler, samples[0].data)
+    with pytest.raises(Overloaded):
+        scheduler.submit(images, timeout_s=timeout_s)
+    session.gate.set()
+    first.result(TIMEOUT_S)
+    while scheduler.busy():
+        time.sleep(0.001)
+    futures = scheduler.submit(images, timeout_s=timeout_s)
+    assert all(future.result(TIMEOUT_S) for future in futures)
+
+
+def test_pictures_that_take_long_and_fail_are_counted_in_the_predicted_wait(session, make, samples, monkeypatch):
+    scheduler = make()
+
+    def slow_and_damaged(*arguments):
+        time.sleep(0.05)
+        raise UndecodableImage("damaged")
+
+    scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
+    hold(session, scheduler, samples[0].data)
+    with monkeypatch.context() as patched:
+        patched.setattr("app.engine.scheduler.decode_image", slow_and_damaged)
+        failing = [scheduler.submit([sample.data])[0] for sample in samples[:60]]
+        session.gate.set()
+        assert all(isinstance(future.exception(TIMEOUT_S), UndecodableImage) for future in failing)
+    hold(session, scheduler, samples[0].data)
+    with pytest.raises(Overloaded):
+        scheduler.submit([samples[1].data], timeout_s=0.04)
 
 
 def test_a_cancelled_image_costs_no_inference(session, make, samples):
