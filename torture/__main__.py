@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from benchmarks.serve import processor
-from torture.fuzz import fuzz
-from torture.memory import bombs, chunks, large_bodies, soak
+from torture.fuzz import fuzz, pieces
+from torture.memory import bombs, chunks, failures, large_bodies, soak
 from torture.rolling import rolling
 from torture.slow import slow_clients
 from torture.target import REPOSITORY, Finding
@@ -34,7 +34,9 @@ def main(
     """Attacks the real server; exits with 1 if a promise was broken. A full run is written to docs/reliability.md."""
     attacks: dict[str, Callable[[], Finding | list[Finding]]] = {
         "fuzz": lambda: fuzz(inputs, seeds),
+        "pieces": pieces,
         "bombs": bombs,
+        "failures": failures,
         "bodies": large_bodies,
         "chunks": chunks,
         "mixed": lambda: mixed(10_000),

@@ -212,6 +212,44 @@ def _keep(wire: bytes, what: str) -> None:
     (KEPT / f"{what}-{zlib.crc32(wire):08x}.http").write_bytes(wire)
 
 
+def pieces() -> Finding:
+    """Files of 30 MB in as many pieces as fit, all of which Pillow would walk in Python, while somebody asks for health."""
+    size, buffer = 30_000_000, io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    jpeg, frame = buffer.getvalue(), b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\0"
+    png, empty = _crafted()[3], struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    files = [
+        png[:33] + empty * (size // len(empty)) + png[33:],
+        jpeg[:2] + b"\xff" * size + jpeg[2:],
+        jpeg[:2] + b"\xff\xfe\0\2" * (size // 4) + jpeg[2:],
+        b"GIF89a" + struct.pack("<HH", 1, 1) + b"\0\0\0" + frame * (size // len(frame)) + b";",
+    ]
+    tally: Counter[str] = Counter()
+    slow: list[float] = []
+    health: list[int] = []
+    wires = iter([post(data, "image/png", close=True) for data in files * 4])
+
+    async def probe(port: int) -> None:
+        for _ in range(200):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            health.append((await read_answer(reader))[0])
+            writer.close()
+            await asyncio.sleep(0.05)
+
+    async def attack(port: int) -> None:
+        await asyncio.gather(probe(port), *(_attack(port, lambda: next(wires, None), tally, slow) for _ in range(2)))
+
+    with target(deadline_ms=60_000) as server:
+        asyncio.run(attack(server.port))
+    sent, wrong = 4 * len(files), sum(status != 200 for status in health)
+    figure = (
+        f"{sent} files of 30 MB, two at once: {tally['answered']} answered, over {LIMIT_S:g} s: {len(slow)}; "
+        f"{len(health)} probes, {wrong} wrong"
+    )
+    return Finding("A file of millions of pieces holds nobody up", figure, tally["answered"] == sent and not slow and not wrong)
+
+
 def fuzz(inputs: int, folder: Path | None = None, seed: int = 0) -> Finding:
     """Sends that many damaged inputs; every answer must be a documented one, within two seconds."""
     corpus = seeds(folder)

@@ -57,6 +57,34 @@ def bombs() -> Finding:
     return Finding("64 bombs at once stay within the settings' bound", figure, peak <= bound and set(statuses) <= {200, 503})
 
 
+def failures() -> Finding:
+    """64 pictures that fail at their last bytes, from clients that stay: what was decoded must be gone all the same."""
+    pixels, count = 24_000_000, 64
+    picture = _bombs(pixels)[0][:-1000]
+
+    async def fail_and_stay(server: Target) -> tuple[list[int], float]:
+        statuses, writers = [], []
+        for _ in range(count):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writers.append(writer)
+            writer.write(post(picture, "image/png", "X-Deadline-Ms: 600000"))
+            statuses.append((await read_answer(reader))[0])
+        after = server.memory_mib()
+        for writer in writers:
+            writer.close()
+        return statuses, after
+
+    with target(workers=_WORKERS, max_pixels=pixels) as server:
+        asyncio.run(_send_all(server.port, pictures()[:8], "image/webp"))
+        base = server.memory_mib()
+        statuses, after = asyncio.run(fail_and_stay(server))
+    figure = (
+        f"{count} pictures of {pixels // 10**6} megapixels, cut off at the end, whose clients stay: {base:.0f} MiB before, "
+        f"{after:.0f} after; answers {sorted(set(statuses))}"
+    )
+    return Finding("Pictures that fail are not kept", figure, after < base + 32 and set(statuses) == {422})
+
+
 def large_bodies() -> Finding:
     """64 clients send 16 MiB each; what is held at once must stay bounded."""
     held = 64 * MIB
