@@ -133,6 +133,7 @@ def classify(
     _require(bool(url) or not api_key_file, "--api-key-file is for --url")
     _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
     _require(files_from in {None, STDIN} or Path(files_from or "").exists(), f"--files-from: {files_from} does not exist")
+    _require(not files_from or not Path(files_from).is_dir(), f"--files-from: {files_from} is a folder; give it as PATHS")
     roots = expand(patterns)
     if parquet:
         import pyarrow.parquet  # noqa: F401 (it may be missing, and that should be said before anything is done)

@@ -71,9 +71,11 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _in_folder(folder: str) -> Iterator[str]:
-    for parent, folders, files in os.walk(folder):
+    unreadable: list[str] = []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(error.filename)):
         folders.sort()
         yield from (str(Path(parent) / name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+    yield from unreadable  # as if they were images: each gets a row that says why it was not looked into
 
 
 def read_list(path: str) -> Iterator[str]:
@@ -100,7 +102,7 @@ def classify_here(service: Service, files: Iterable[str], top_k: int) -> Generat
     in_flight: deque[tuple[int, str, int, Future[Outcome] | ServiceError]] = deque()
     held_bytes = 0
     for index, path in enumerate(files):
-        data = _read(path)
+        data = _read(path, settings.max_body_bytes)
         size = len(data) if isinstance(data, bytes) else 0
         while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
             held_bytes -= in_flight[0][2]
@@ -130,13 +132,20 @@ def classify_there(client: Client, files: Iterable[str], top_k: int) -> Generato
             yield name | {"error": {"code": result.code, "detail": result.detail}}
 
 
-def _read(path: str) -> bytes | ServiceError:
-    from app.errors import UndecodableImage
+def _read(path: str, max_bytes: int) -> bytes | ServiceError:
+    from app.errors import BodyTooLarge, UndecodableImage
 
     try:
-        return sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+        if path == STDIN:
+            return sys.stdin.buffer.read()
+        size = Path(path).stat().st_size
+        if size > max_bytes:
+            return BodyTooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,} (CONVMIXER_MAX_BODY_BYTES)")
+        return Path(path).read_bytes()
     except OSError as error:
         return UndecodableImage(f"cannot be read: {error.strerror}")
+    except ValueError as error:  # no name of a file
+        return UndecodableImage(f"cannot be read: {error}")
 
 
 def _row(service: Service, index: int, path: str, _: int, pending: Future[Outcome] | ServiceError, *, top_k: int) -> Row:

@@ -23,6 +23,7 @@ TIMEOUT_S = 120
 def main() -> None:
     """Replaces them all."""
     compose = _compose()
+    _run(*compose, "rm", "-f", "replica")  # stopped ones only: what an earlier run left would be started in place of a new one
     old = _run(*compose, "ps", "-q", "replica").split()
     if not old:
         sys.exit("no replica runs; start some: docker compose --profile scale up -d --scale replica=2 proxy")

@@ -91,7 +91,7 @@ class ScriptedServer:
             connection, _ = self._socket.accept()
             with connection, connection.makefile("rb") as stream:
                 head = "".join(iter(lambda: stream.readline().decode(), "\r\n")).lower()
-                stream.read(int(head.partition("content-length: ")[2].partition("\r\n")[0]))
+                stream.read(int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0))
                 self.received.append((time.monotonic(), head))
                 if answer:
                     status, headers, body = answer

@@ -15,6 +15,7 @@ from app.client.exchange import (
     BATCH_SIZE,
     CONCURRENCY,
     DEADLINE_S,
+    NO_LIMITS,
     PROBE_TIMEOUT_S,
     Exchange,
     Pause,
@@ -26,7 +27,7 @@ from app.client.exchange import (
     check_url,
     exchange,
     read_health,
-    read_json,
+    read_model,
 )
 from app.client.images import Batch, ImageInput, Picture, encode, filename_of, load
 
@@ -58,7 +59,7 @@ class AsyncClient:
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
         self._batch_size, self._concurrency = batch_size, concurrency
-        self._http = httpx.AsyncClient(base_url=check_url(url), headers=authorization(api_key))
+        self._http = httpx.AsyncClient(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
 
     async def classify(
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
@@ -131,9 +132,13 @@ class AsyncClient:
                 await asyncio.sleep(step.seconds)
                 continue
             try:
-                reply = await self._http.post(
-                    "classify", content=step.content, headers=step.headers, params=step.params, timeout=step.timeout_s
-                )
+                # httpx counts anew for the connection, for sending and for every piece that comes
+                async with asyncio.timeout(step.timeout_s):
+                    reply = await self._http.post(
+                        "classify", content=step.content, headers=step.headers, params=step.params, timeout=step.timeout_s
+                    )
+            except TimeoutError:
+                reply = httpx.ReadTimeout("the deadline passed")
             except httpx.TransportError as error:
                 reply = error
 
@@ -143,7 +148,7 @@ class AsyncClient:
 
     async def model(self) -> Model:
         """As `Client.model`."""
-        return Model.from_wire(read_json(await self._get("model")))
+        return read_model(await self._get("model"))
 
     async def _get(self, path: str) -> httpx.Response:
         try:

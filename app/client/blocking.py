@@ -16,6 +16,7 @@ from app.client.exchange import (
     BATCH_SIZE,
     CONCURRENCY,
     DEADLINE_S,
+    NO_LIMITS,
     PROBE_TIMEOUT_S,
     Exchange,
     Pause,
@@ -27,7 +28,7 @@ from app.client.exchange import (
     check_url,
     exchange,
     read_health,
-    read_json,
+    read_model,
 )
 from app.client.images import Batch, ImageInput, Picture, batches, encode, filename_of
 
@@ -57,7 +58,7 @@ class Client:
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
         self._batch_size, self._concurrency = batch_size, concurrency
-        self._http = httpx.Client(base_url=check_url(url), headers=authorization(api_key))
+        self._http = httpx.Client(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="convmixer-client")
         self._closed = threading.Event()
 
@@ -186,7 +187,7 @@ class Client:
             Unreachable: no answer.
             RequestFailed: this is not the service.
         """
-        return Model.from_wire(read_json(self._get("model")))
+        return read_model(self._get("model"))
 
     def _get(self, path: str) -> httpx.Response:
         try:

@@ -26,6 +26,7 @@ from app.client.answers import (
     DeadlineExceeded,
     Health,
     ImageRejected,
+    Model,
     ModelRef,
     Overloaded,
     Prediction,
@@ -49,6 +50,9 @@ BACKOFF_S = 0.1
 MAX_BACKOFF_S = 8.0
 GRACE_S = 1.0
 """Beyond the deadline we wait for the server's own word that it has passed."""
+
+NO_LIMITS = httpx.Limits(max_connections=None)
+"""A request that waits for one of a hundred connections waits beyond its deadline, and the server knows nothing of it."""
 
 _RETRIED = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE}
 _REJECTIONS = {"body_too_large", "image_too_large", "unsupported_image", "undecodable_image"}
@@ -150,8 +154,13 @@ def check_url(url: str) -> str:
     Raises:
         ValueError: no http or https address.
     """
+    example = "it begins with http:// or https://, e.g. http://127.0.0.1:8000"
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is no address; it begins with http:// or https://, e.g. http://127.0.0.1:8000")
+        raise ValueError(f"{url!r} is no address; {example}")
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url!r} is no address: {error}; {example}") from error
     return url
 
 
@@ -195,21 +204,21 @@ def read_health(livez: httpx.Response, readyz: httpx.Response) -> Health:
     return Health(livez.status_code == HTTPStatus.OK, readyz.status_code == HTTPStatus.OK, reason)
 
 
-def read_json(response: httpx.Response) -> dict[str, Any]:
-    """The body of a 200.
+def read_model(response: httpx.Response) -> Model:
+    """What the answer of `/model` says.
 
     Args:
-        response: any.
+        response: of `/model`.
 
     Raises:
-        RequestFailed: another status, or the body is no JSON object.
+        RequestFailed: another status than 200, or another body than the service's.
     """
     if response.status_code != HTTPStatus.OK:
         raise _failure(response, _problem(response))
-    body = _problem(response)
-    if not body:
-        raise _stranger(response)
-    return body
+    try:
+        return Model.from_wire(_problem(response))
+    except (KeyError, TypeError) as error:
+        raise _stranger(response) from error
 
 
 def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:

@@ -126,7 +126,10 @@ def load(index: int, image: ImageInput) -> Picture | ClassificationError:
     """
     filename = filename_of(image)
     try:
-        return Picture(index, filename, encode(image))
+        data = encode(image)
+        if not data:
+            raise ValueError("the file is empty")
+        return Picture(index, filename, data)
     except OSError as error:
         return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error.strerror or error}", None)
     except ValueError as error:

@@ -40,6 +40,9 @@ _HOLD_BACK_S = 0.005
 _HOLD_BACK_PIXELS = 512 * 512
 """What is known is told at the latest when decoding of the next batch has taken so long, or comes to a larger picture."""
 
+_SICK = 32
+"""Images one after the other on which the model failed, each alone: it is the engine that is broken, as a GPU may be for good."""
+
 HANG_TIMEOUT_S = 5.0
 """A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
@@ -107,6 +110,7 @@ class Scheduler:
         self._open: dict[_Key, _Item] = {}
         self._draining = False
         self._busy_since: dict[int, float] = {}
+        self._failed_in_row = 0
         # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
         self._image_s = session.warm_up_ms / 1000 / 2
         # thousands are asked for between two batches
@@ -196,10 +200,12 @@ class Scheduler:
         return len(self._busy_since)
 
     def failure(self) -> str | None:
-        """Why the engine is dead, or None while it is alive: every worker thread runs and none is stuck."""
+        """Why the engine is dead, or None while it is alive: every worker thread runs, none is stuck, and the model works."""
         dead = [t.name for t in self._threads if not t.is_alive()]
         if dead and not self._draining:
             return f"worker {', '.join(dead)} died"
+        if self._failed_in_row >= _SICK:
+            return f"the model failed on the last {self._failed_in_row} images"
         stuck_s = time.monotonic() - min(self._busy_since.copy().values(), default=math.inf)
         return f"a worker has been busy with one image or batch for {stuck_s:.0f} s" if stuck_s > HANG_TIMEOUT_S else None
 
@@ -341,10 +347,12 @@ class Scheduler:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 return [answer for item in group for answer in self._infer([item], explain, alone)]
             logger.exception("inference failed")
+            self._failed_in_row += 1
             group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
             self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"))
             return []
         infer_s = time.monotonic() - begin
+        self._failed_in_row = 0
         outcomes = []
         for i, item in enumerate(group):
             item.timing.infer_begin, item.timing.infer_s, item.timing.batch_size = begin, infer_s, len(group)

@@ -24,7 +24,7 @@ import typer
 
 from app.engine.artifact import read_verified
 from app.errors import StartupError
-from app.ray.shards import UNREADABLE, JobDescription, Place, Shards
+from app.ray.shards import PASSING, JobDescription, Place, Shards
 from app.settings import Settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray would report to its makers
@@ -50,7 +50,7 @@ def classify_dataset(
     sha256 = read_verified(settings.artifact_path(), settings.model_sha256).sha256
     job = JobDescription(Place(source).uri, data_format, image_column, id_column, shard_size, sha256)
     shards = Shards.open(Place(output), job)
-    done = {shard for shard, result in shards.results().items() if not result.rejected[UNREADABLE]}
+    done = {shard for shard, result in shards.results().items() if PASSING.isdisjoint(result.rejected)}
     missing = [shard for shard in range(len(shards.rows)) if shard not in done]
     if missing:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray's messages belong
@@ -59,8 +59,8 @@ def classify_dataset(
     summary = _summary(shards, job, missing, time.monotonic() - begin)
     shards.output.write("summary.json", json.dumps(summary, indent=2).encode())
     typer.echo(json.dumps(summary, indent=2))
-    if UNREADABLE in summary["rejected"]:
-        raise SystemExit("some records could not be read; run the same command again to try those again")
+    if not PASSING.isdisjoint(summary["rejected"]):
+        raise SystemExit("some records could not be read, or the model failed on them; run the same command again to try those")
 
 
 def _compute(shards: Shards, job: JobDescription, missing: list[int], settings: Settings) -> None:

@@ -142,7 +142,24 @@ def _records(place: Place, job: JobDescription, pieces: list[Piece], max_bytes: 
         if piece.row_group is None:
             yield piece.path, functools.partial(_read_file, place, piece.path, max_bytes)
         else:
-            yield from _rows(place, job, piece.path, piece.row_group)
+            yield from _readable_rows(place, job, piece, piece.row_group)
+
+
+def _readable_rows(place: Place, job: JobDescription, piece: Piece, row_group: int) -> Iterator[Record]:
+    """The row group's records; what a damaged or missing file does not give are records without an id that cannot be read."""
+    given = 0
+    try:
+        for record in _rows(place, job, piece.path, row_group):
+            yield record
+            given += 1
+    except (OSError, pa.ArrowException) as error:
+        text = f"{piece.path}, row group {row_group}: {error}"
+        for _ in range(piece.rows - given):
+            yield None, functools.partial(_fail, text)
+
+
+def _fail(text: str) -> bytes:
+    raise OSError(text)
 
 
 def _rows(place: Place, job: JobDescription, path: str, row_group: int) -> Iterator[Record]:
@@ -175,4 +192,7 @@ def _read_file(place: Place, path: str, max_bytes: int) -> bytes:
 def _id_type(place: Place, job: JobDescription, piece: Piece) -> pa.DataType:
     if job.id_column is None or piece.row_group is None:
         return pa.string()
-    return parquet.read_schema(place / piece.path, filesystem=place.fs).field(job.id_column).type
+    try:
+        return parquet.read_schema(place / piece.path, filesystem=place.fs).field(job.id_column).type
+    except (OSError, pa.ArrowException):
+        return pa.string()  # none of its records can be read, so none has an id

@@ -5,9 +5,10 @@
     OUTPUT/rejected/shard-000017.parquet       its records without one, and why
     OUTPUT/summary.json                        the last run's totals
 
-A shard is done when its two files hold exactly as many rows as the manifest says, so a job may be killed at any moment,
-and a shard may be computed twice: both times the same files are written, each whole or not at all. Places are paths or
-URIs of pyarrow (`file://`, `s3://`, `gs://`, …).
+A shard is done when its two files hold exactly as many rows as the manifest says, and name that manifest, so a job may be
+killed at any moment, and a shard may be computed twice: both times the same files are written, each whole or not at all. Should
+two drivers begin a job at once, the results of the one whose manifest was replaced do not count. Places are paths or URIs of
+pyarrow (`file://`, `s3://`, `gs://`, …).
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import fs, parquet
 
-from app.errors import StartupError
+from app.errors import InferenceFailed, StartupError
 
 UNREADABLE = "unreadable"
-"""Code of a record that could not be read. Its shard is computed again by the next run: the storage may have been away."""
+"""Code of a record that could not be read."""
+
+PASSING = {UNREADABLE, InferenceFailed.code}
+"""Codes that say nothing of the record, which the next run tries again: storage was away, or a worker's accelerator broken."""
 
 MANIFEST = "manifest.parquet"
 _DESCRIPTION = b"convmixer"
 """Key of the job's description in the manifest's metadata."""
+
+_IDENTITY = b"manifest"
+"""Key, in the metadata of the manifest and of each result, of what tells this listing of the input from any other."""
 
 _MANIFEST_SCHEMA = pa.schema([("path", pa.string()), ("row_group", pa.int32()), ("rows", pa.int64())])
 _READERS = 32
@@ -154,6 +161,7 @@ class Shards:
     def __init__(self, output: Place) -> None:
         self.output = output
         self._manifest = parquet.ParquetFile(output / MANIFEST, filesystem=output.fs)
+        self._identity = {_IDENTITY: self._manifest.schema_arrow.metadata.get(_IDENTITY, b"")}
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -192,8 +200,8 @@ class Shards:
 
     def write(self, shard: int, classified: pa.Table, rejected: pa.Table) -> None:
         """Stores a shard's results; what was there of them is replaced."""
-        self.output.write_table(f"rejected/{_name(shard)}", rejected)
-        self.output.write_table(f"classified/{_name(shard)}", classified)
+        for kind, table in (("rejected", rejected), ("classified", classified)):
+            self.output.write_table(f"{kind}/{_name(shard)}", table.replace_schema_metadata(self._identity))
 
     def remove_unfinished(self) -> None:
         """Removes what killed workers left behind; only when none is at work."""
@@ -203,14 +211,17 @@ class Shards:
                     self.output.fs.delete_file(info.path)
 
     def _result(self, shard: int) -> ShardResult | None:
-        """What a shard's two files hold; None if one is damaged."""
+        """What a shard's two files hold; None if one is damaged, or of another driver's listing of the input."""
         name = _name(shard)
         try:
-            classified = parquet.read_metadata(self.output / f"classified/{name}", filesystem=self.output.fs).num_rows
+            classified = parquet.read_metadata(self.output / f"classified/{name}", filesystem=self.output.fs)
             codes = parquet.read_table(self.output / f"rejected/{name}", columns=["code"], filesystem=self.output.fs)
-        except pa.ArrowInvalid:
+        except (OSError, pa.ArrowException):
             return None
-        return ShardResult(classified, Counter(codes["code"].to_pylist()))
+        identities = [(found or {}).get(_IDENTITY, b"") for found in (classified.metadata, codes.schema.metadata)]
+        if identities != [self._identity[_IDENTITY]] * 2:
+            return None
+        return ShardResult(classified.num_rows, Counter(codes["code"].to_pylist()))
 
 
 def _name(shard: int) -> str:
@@ -228,7 +239,8 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
         raise StartupError(f"{job.input} holds no {ending or 'image'} file")
     paths = sorted(files)
     pieces = (Piece(path, None, 1) for path in paths) if job.format == "images" else _row_groups(place, paths, job)
-    schema = _MANIFEST_SCHEMA.with_metadata({_DESCRIPTION: json.dumps(asdict(job)).encode()})
+    description = {_DESCRIPTION: json.dumps(asdict(job)).encode(), _IDENTITY: uuid.uuid4().hex.encode()}
+    schema = _MANIFEST_SCHEMA.with_metadata(description)
     sink = pa.BufferOutputStream()
     with parquet.ParquetWriter(sink, schema) as writer:
         for shard in _grouped(pieces, job.shard_size):

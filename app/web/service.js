@@ -13,9 +13,24 @@ export class Failure extends Error {
   }
 }
 
+let remembered = "";
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => sessionStorage.setItem(KEY, value),
+  get() {
+    try {
+      return sessionStorage.getItem(KEY) ?? "";
+    } catch {
+      return remembered; // the browser lets this site store nothing
+    }
+  },
+  set(value) {
+    remembered = value;
+    try {
+      sessionStorage.setItem(KEY, value);
+    } catch {
+      // then a reload asks for it again
+    }
+  },
 };
 
 const address = (path) => new URL(path, document.baseURI);

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -101,6 +102,26 @@ def test_errors_and_odd_names_in_csv_and_parquet(mixed, tmp_path):
     assert [row["confidence"] is None for row in table] == [False, False, True]
 
 
+def test_what_cannot_even_be_opened_gets_a_row(samples, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.webp").write_bytes(samples[0].data)
+    (folder / "large.webp").write_bytes(bytes(200_000))
+    monkeypatch.chdir(folder)
+    for _ in range(30):  # deeper than a path can name
+        Path("d" * 200).mkdir()
+        os.chdir("d" * 200)
+    monkeypatch.chdir(folder)
+    names = b"\n".join([b"a.webp", b"with\0zero.webp", b"large.webp"])
+    result = run("classify", "--files-from", "-", "--json", stdin=names, CONVMIXER_MAX_BODY_BYTES="100000")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row.get("error", {}).get("code") for row in rows] == [None, "undecodable_image", "body_too_large"]
+    result = run("classify", folder, "--json", CONVMIXER_MAX_BODY_BYTES="100000")
+    assert result.returncode == 1
+    *_, deep = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "File name too long" in deep["error"]["detail"]
+
+
 def on_terminal(*arguments: object, stdout: int | None = None) -> str:
     """What a person sees: standard error, and standard output unless it goes elsewhere, are a terminal."""
     ours, theirs = pty.openpty()
@@ -136,6 +157,8 @@ def test_a_person_gets_a_table_and_elsewhere_a_progress_bar(mixed, samples, tmp_
         (["classify", ".", "--json", "--csv"], 2, "exclude one another"),
         (["classify", ".", "--files-from", "/nowhere"], 2, "give PATHS or --files-from"),
         (["classify", "--files-from", "/nowhere"], 2, "/nowhere does not exist"),
+        (["classify", "--files-from", "/"], 2, "is a folder"),
+        (["classify", ".", "--url", "http://127.0.0.1:80a0"], 2, "is no address"),
         (["classify", ".", "--csv", "--output", "/nowhere/a.csv"], 2, "cannot be written"),
         (["classify", ".", "--url", "localhost"], 2, "begins with http"),
         (["classify", ".", "--url", "http://127.0.0.1:1"], 1, "error: no answer from http://127.0.0.1:1"),

@@ -168,6 +168,13 @@ def test_a_stranger_is_recognised(answer, message):
     server.finish()
 
 
+def test_another_service_is_no_model():
+    server = ScriptedServer((200, {}, {"name": "other"}))
+    with Client(server.url) as client, pytest.raises(RequestFailed, match="is the address right"):
+        client.model()
+    server.finish()
+
+
 def test_closing_ends_a_pause():
     server = ScriptedServer((503, {"Retry-After": "1000"}, BUSY))
     client = Client(server.url, deadline_s=3600)
@@ -186,7 +193,9 @@ def test_closing_ends_a_pause():
     assert failure
 
 
-@pytest.mark.parametrize("options", [{"url": "localhost:8000"}, {"deadline_s": 0}, {"deadline_s": 3601}])
+@pytest.mark.parametrize(
+    "options", [{"url": "localhost:8000"}, {"url": "http://127.0.0.1:80a0"}, {"deadline_s": 0}, {"deadline_s": 3601}]
+)
 def test_bad_arguments_are_refused_at_once(options):
     with pytest.raises(ValueError, match=r"begins with http|deadline_s must be"):
         Client(**options)

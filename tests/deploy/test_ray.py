@@ -118,6 +118,35 @@ def test_a_second_run_computes_only_what_is_missing_damaged_or_could_not_be_read
     assert set(Shards(Place(str(output))).results()) == {0}
 
 
+def test_results_of_another_listing_of_the_input_do_not_count(service, samples, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i, sample in enumerate(samples[:8]):
+        (folder / f"{i:02}.webp").write_bytes(sample.data)
+    job = folder_job(folder, service)
+    assert set(compute(output, job, service)) == {0, 1}
+    (folder / "00a.webp").write_bytes(samples[8].data)
+    (output / "manifest.parquet").unlink()  # as if a second driver had listed the input in the meantime
+    assert Shards.open(Place(str(output)), job).results() == {}
+    compute(output, job, service)
+    assert len(read(output, "classified")) == 9
+
+
+def test_rows_of_a_damaged_row_group_are_told_and_hold_up_nothing(service, samples, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.parquet"
+    parquet.write_table(pa.table({"key": range(12), "picture": [s.data for s in samples[:12]]}), path, row_group_size=4)
+    job = folder_job(tmp_path / "in", service, format="parquet", image_column="picture", id_column="key")
+    Shards.open(Place(str(tmp_path / "out")), job)
+    column = parquet.read_metadata(path).row_group(1).column(1)
+    damaged = bytearray(path.read_bytes())
+    damaged[column.data_page_offset : column.data_page_offset + 64] = b"\xff" * 64
+    path.write_bytes(damaged)
+    results = compute(tmp_path / "out", job, service)
+    assert [results[shard].rejected["unreadable"] for shard in range(3)] == [0, 4, 0]
+    assert {row["id"] for row in read(tmp_path / "out", "classified")} == {*range(4), *range(8, 12)}
+
+
 def test_the_engine_of_a_node_with_another_model_file_does_not_answer(service):
     with pytest.raises(StartupError, match="is not the driver's"):
         engine(service.settings, "0" * 64)

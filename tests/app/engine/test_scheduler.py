@@ -114,6 +114,17 @@ def test_only_the_guilty_image_of_a_failed_batch_fails(session, make, samples):
     assert scheduler.failure() is None
 
 
+def test_a_model_that_fails_on_everything_is_seen(session, make, samples):
+    scheduler = make()
+    session.poison = np.full((32, 32, 3), 255, np.uint8)
+    white = _png(session.poison)
+    failed = [scheduler.submit([white])[0] for _ in range(40)]
+    assert all(isinstance(future.exception(TIMEOUT_S), InferenceFailed) for future in failed)
+    assert "failed on the last 40 images" in scheduler.failure()
+    scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
+    assert scheduler.failure() is None
+
+
 def _png(pixels: np.ndarray) -> bytes:
     import io
 
