@@ -9,6 +9,8 @@ size. Of an animation the first frame counts.
 from __future__ import annotations
 
 import io
+import re
+import time
 import warnings as warnings_module
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +27,33 @@ _DRAFT_MARGIN = 4
 """A large JPEG is decoded at a reduced scale of at least this many times the model's side: 10 × cheaper at 12 megapixels."""
 
 _ORIENTATION_TAG = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture of each orientation upright, as in Pillow's `exif_transpose`."""
 
 _MOST_READS = 200_000
 """A file of 32 MiB in pieces of 8 KiB, as they are usually written, takes 20,000."""
+
+_FEW_READS = 1000
+_MOST_S = 2.0
+"""A file that was read more than a few times must be done by then; libraries that take long over one piece are not meant."""
+
+_MOST_SCANS = 40
+"""Of a JPEG, each of which touches every pixel however short it is; progressive ones have about ten."""
+
+_MOST_EXIF = 128 * 1024
+"""Two of JPEG's segments. Camera's are shorter than one."""
+
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+_JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf", b"\xc2\xc6\xca\xce"
+_TIFF_SHORT = 3
 
 # When an answer deserves doubt whatever the model says. Of the 10,000 CIFAR-10 test images and 250 ordinary photos none is
 # called blank or blurred; of the test images blurred with a Gaussian of 1.5 pixels 93 % are.
@@ -36,8 +62,8 @@ _MAX_REDUCTION = 64
 _MIN_CONTRAST = 16
 _MIN_SHARPNESS = 0.6
 
-# Between its limit and twice its limit Pillow only warns; beyond, it raises. See `DecodeLimits.apply_to_pillow`.
-warnings_module.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of what is odd in a file, in words of the file's: the log would fill, and Python remembers each warning for ever
+warnings_module.filterwarnings("ignore", module=r"PIL\.")
 # Pillow imports decoders at the first image; the first client should not wait for that. (preinit leaves WebP out.)
 Image.preinit()
 if not WebPImagePlugin.SUPPORTED:
@@ -87,17 +113,23 @@ class _CountedReads(io.BytesIO):
     of millions of empty ones would keep it for ten seconds and more, and the engine would be taken for hung.
     """
 
-    left = _MOST_READS
+    reads = 0
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._begin = time.monotonic()
 
     def read(self, size: int | None = -1) -> bytes:
         """As BytesIO's.
 
         Raises:
-            UndecodableImage: the file was read too many times.
+            UndecodableImage: the file was read too many times, or many times and for too long.
         """
-        self.left -= 1
-        if self.left < 0:
+        self.reads += 1
+        if self.reads > _MOST_READS:
             raise UndecodableImage(f"the image file consists of more than {_MOST_READS:,} pieces; encode it again")
+        if self.reads > _FEW_READS and time.monotonic() - self._begin > _MOST_S:
+            raise UndecodableImage(f"the image file consists of many pieces that take more than {_MOST_S:g} s; encode it again")
         return super().read(size)
 
 
@@ -131,6 +163,8 @@ def decode_image(
         UndecodableImage: damaged (422).
     """
     try:
+        if data.startswith(b"\xff\xd8"):
+            _check_jpeg(data)
         with Image.open(_CountedReads(data), formats=FORMATS) as image:
             _check_size(image, limits)
             announce(image.width * image.height)
@@ -139,8 +173,7 @@ def decode_image(
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
             warnings = ["animation: only the first frame was classified"] if getattr(image, "is_animated", False) else []
             image.load()
-            upright = ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
-            full = _to_8_bit(upright, warnings)
+            full = _to_8_bit(_upright(image), warnings)
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
             small = _compose_on_white(_resize(full, rule), warnings)
             return DecodedImage(np.asarray(small), (*warnings, *shape, *_doubts_about_content(small)))
@@ -169,6 +202,61 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         raise ImageTooLarge(
             f"{width} x {height}: the longest side may have {limits.max_side:,} pixels (CONVMIXER_MAX_SIDE); send a smaller image"
         )
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Walks the markers, as libjpeg will.
+
+    Raises:
+        UndecodableImage: too many scans, or too long an EXIF block, all of whose numbers Pillow makes objects of.
+    """
+    position, scans, exif_bytes, components, progressive = 2, 0, 0, 0, False
+    while found := _JPEG_MARKER.search(data, position):
+        marker, position = found[1], found.end()
+        if marker == b"\xd9":
+            return
+        if marker == b"\x01":  # has no length
+            continue
+        length = int.from_bytes(data[position : position + 2])
+        if marker in _JPEG_FRAMES:
+            components, progressive = int.from_bytes(data[position + 7 : position + 8]), marker in _JPEG_PROGRESSIVE
+        elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
+            exif_bytes += length
+            if exif_bytes > _MOST_EXIF:
+                raise UndecodableImage(f"more than {_MOST_EXIF:,} bytes of EXIF; encode the image again, without")
+        elif marker == b"\xda":
+            scans += 1
+            if scans > _MOST_SCANS:
+                raise UndecodableImage(f"more than {_MOST_SCANS} scans; encode the image again")
+            if not progressive and int.from_bytes(data[position + 2 : position + 3]) >= components:
+                return  # one scan with all components is the last, and this the end for nearly every file
+        position += max(2, length)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says.
+
+    `ImageOps.exif_transpose` reads all of EXIF and writes it again, which a hostile file makes long.
+    """
+    exif = image.info.get("exif")  # a PNG may have a text of that name
+    method = _TRANSPOSED.get(_orientation(exif.removeprefix(b"Exif\0\0"))) if isinstance(exif, bytes) else None
+    return image.transpose(method) if method is not None else image
+
+
+def _orientation(exif: bytes) -> int:
+    """Tag 274 of the first directory (TIFF 6.0, page 13 and following); 1 if there is none."""
+    order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
+
+    def number(begin: int, size: int) -> int:
+        return int.from_bytes(exif[begin : begin + size], order)
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if entry >= len(exif):
+            break
+        if (number(entry, 2), number(entry + 2, 2), number(entry + 4, 4)) == (_ORIENTATION_TAG, _TIFF_SHORT, 1):
+            return number(entry + 8, 2)
+    return 1
 
 
 def _to_8_bit(image: Image.Image, warnings: list[str]) -> Image.Image:

@@ -71,7 +71,7 @@ def match(protocol: Protocol) -> Head | None:
         elif name == b"x-deadline-ms":
             if not value.isdigit() or len(value) > 7 or not 0 < int(value) <= 3_600_000:
                 return None
-            deadline_ms = int(value)
+            deadline_ms = min(int(value), protocol.settings.max_deadline_ms)
         elif name in _UNUSUAL:
             return None
     if not is_raw or not 0 < length <= protocol.settings.max_body_bytes or not protocol.service.keys.admit(protocol.headers):

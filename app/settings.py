@@ -54,6 +54,11 @@ class Settings(BaseModel):
     coalesce: bool = Field(True, description="Compute identical images (up to 64 KiB) that are in flight together once.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
+    max_deadline_ms: int = Field(
+        60_000,
+        ge=1,
+        description="Most that `X-Deadline-Ms` may ask for; more is taken as this: else one could fill the queue for an hour.",
+    )
     max_connections: int = Field(
         1024, ge=1, description="Open connections at most; a new one then takes the place of the one that waits longest."
     )

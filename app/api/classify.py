@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from app.api.inference import DeadlineHeader, infer, read_body
+from app.api.inference import CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.problems import problem_response
 from app.engine.outcome import Outcome, Timing
 from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
@@ -132,7 +132,7 @@ async def classify(
     """
     service: Service = request.state.service
     uploads = await _read_uploads(request, service.settings.max_images)
-    wanted = Wanted(top_k, explain, x_deadline_ms or service.settings.deadline_ms)
+    wanted = Wanted(top_k, explain, deadline_ms(x_deadline_ms, service.settings))
     good = [upload.data for upload in uploads if upload.error is None]
     exchange: Exchange = request.state.exchange
     results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
@@ -177,7 +177,7 @@ def _answer(
     }
     content = to_json(body)
     service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
-    return Response(content, media_type="application/json")
+    return CountedResponse(service, content, media_type="application/json")
 
 
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:

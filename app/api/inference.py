@@ -8,19 +8,56 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Header, Request
+from fastapi import Header, Request, Response
 from starlette.requests import ClientDisconnect
 
 from app.engine.outcome import Outcome
 from app.errors import DeadlineExceeded
 from app.images import DecodedImage
-from app.protection import Receive
+from app.protection import Receive, Scope, Send
 from app.service import Service
+from app.settings import Settings
 
 DeadlineHeader = Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")]
 """`X-Deadline-Ms`."""
+
+
+def deadline_ms(asked: int | None, settings: Settings) -> int:
+    """Milliseconds that a request may take.
+
+    Args:
+        asked: `X-Deadline-Ms`, if it was sent.
+        settings: the default, and the most.
+    """
+    return min(asked or settings.deadline_ms, settings.max_deadline_ms)
+
+
+class CountedResponse(Response):
+    """An answer that counts as held bytes until its client has taken nearly all of it: it may be much longer than its request.
+
+    Args:
+        service: whose budget it is.
+        content: the body.
+        **options: of Starlette's Response.
+    """
+
+    def __init__(self, service: Service, content: bytes, **options: Any) -> None:
+        super().__init__(content, **options)
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it (ASGI). In two pieces: uvicorn waits with the second, which is empty, until the first is on its way.
+
+        Raises:
+            Overloaded: there is no room for it.
+        """
+        with self.service.bodies.loan() as take:
+            take(len(self.body))
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
 
 
 async def read_body(request: Request) -> bytes:

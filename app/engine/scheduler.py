@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -38,7 +39,8 @@ _COALESCED_BYTES = 64 * 1024
 
 _HOLD_BACK_S = 0.005
 _HOLD_BACK_PIXELS = 512 * 512
-"""What is known is told at the latest when decoding of the next batch has taken so long, or comes to a larger picture."""
+_HOLD_BACK_BYTES = 64 * 1024
+"""What is known is told at the latest when decoding of the next batch has taken so long, or comes to a larger picture or file."""
 
 _SICK = 32
 """Images one after the other on which the model failed, each alone: it is the engine that is broken, as a GPU may be for good."""
@@ -48,12 +50,25 @@ HANG_TIMEOUT_S = 5.0
 then reports itself dead. The largest picture accepted takes about a second."""
 
 
+class _Promise(Future[Outcome]):
+    """A future that tells when it is cancelled; a callback would be called, and paid for, at the end of each."""
+
+    on_cancel: Callable[[], None] = staticmethod(lambda: None)
+
+    def cancel(self) -> bool:
+        """As a Future's."""
+        cancelled = super().cancel()
+        if cancelled:
+            self.on_cancel()
+        return cancelled
+
+
 @dataclass(eq=False, slots=True)
 class _Asker:
     """Who waits for an image, and until when (time.monotonic())."""
 
     deadline: float
-    future: Future[Outcome] = field(default_factory=Future)
+    future: _Promise = field(default_factory=_Promise)
 
 
 _Key = tuple[bytes, bool]
@@ -70,8 +85,18 @@ class _Item:
     key: _Key | None
     decoded: DecodedImage | None = None
 
+    def forget(self) -> None:
+        """Lets go of the file: its only asker has left, and it may be large, and the queue long."""
+        self.data = b""
+
 
 _Answered = tuple[list[_Item], list[Outcome]]
+
+
+class _Announce(Protocol):
+    """Told before each image of a batch is opened, and before its pixels are decoded."""
+
+    def __call__(self, *, large: bool) -> None: ...
 
 
 class Scheduler:
@@ -147,14 +172,16 @@ class Scheduler:
             count = self._count_new(keys)
             if count and (refusal := self._refusal(count, timeout_s)):
                 raise refusal
-            futures = []
+            futures: list[Future[Outcome]] = []
             for data, key in zip(images, keys, strict=True):
                 asker = _Asker(now + timeout_s)
                 futures.append(asker.future)
                 if key is not None and (twin := self._open.get(key)):
                     twin.askers.append(asker)
-                    continue
+                    continue  # at most 64 KiB, which may wait for its turn though all have left
                 item = _Item(data, explain, [asker], Timing(now), key)
+                if key is None:
+                    asker.future.on_cancel = item.forget
                 if key is not None:
                     self._open[key] = item
                 self._waiting.put(item)
@@ -292,8 +319,8 @@ class Scheduler:
         """
         begin = time.monotonic()
 
-        def announce(pixels: int) -> None:
-            if pixels > _HOLD_BACK_PIXELS or time.monotonic() - begin > _HOLD_BACK_S:
+        def announce(*, large: bool) -> None:
+            if large or time.monotonic() - begin > _HOLD_BACK_S:
                 self._tell(untold)
 
         # a client may leave while its image is decoded, too
@@ -318,7 +345,7 @@ class Scheduler:
             self._on_batch(outcomes)
         answered.clear()
 
-    def _decode(self, item: _Item, announce: Callable[[int], None]) -> bool:
+    def _decode(self, item: _Item, announce: _Announce) -> bool:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         item.timing.queue_s = begin - item.timing.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
@@ -326,7 +353,13 @@ class Scheduler:
             return False
         try:
             data = item.data
-            item.decoded = data if isinstance(data, DecodedImage) else decode_image(data, self.rule, self.limits, announce)
+            if isinstance(data, DecodedImage):
+                item.decoded = data
+            else:
+                announce(large=len(data) > _HOLD_BACK_BYTES)
+                item.decoded = decode_image(
+                    data, self.rule, self.limits, lambda pixels: announce(large=pixels > _HOLD_BACK_PIXELS)
+                )
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.data = b""
             item.timing.decode_s = time.monotonic() - begin

@@ -178,6 +178,47 @@ def test_a_file_in_too_many_pieces_is_refused_before_all_are_walked(picture, kin
         decode(in_pieces(picture)[kind])
 
 
+def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_walked(picture):
+    progressive = encode(picture.convert("L"), "JPEG", progressive=True)
+    assert decode(progressive).shape == (32, 32, 3)
+    last = progressive.rindex(b"\xff\xda")
+    with pytest.raises(UndecodableImage, match="40 scans"):
+        decode(progressive[:last] + progressive[last:-2] * 100 + b"\xff\xd9")
+    # what only looks like scans: in a comment, and behind the end
+    many = b"\xff\xda\0\2" * 100
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + len(many)) + many
+    assert np.array_equal(decode(progressive[:2] + comment + progressive[2:] + many), decode(progressive))
+
+
+def tiff(entries: list[tuple[int, int, int, bytes]], more: bytes = b"") -> bytes:
+    """An EXIF block: entries of tag, type, count and value or offset; what they point to."""
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + more
+
+
+def test_exif_is_read_no_further_than_the_orientation(picture):
+    rationals = 400_000
+    many = (0x011A, 5, rationals, struct.pack("<I", 8 + 2 + 2 * 12 + 4))
+    exif = tiff([(0x0112, 3, 1, struct.pack("<HH", 6, 0)), many], bytes(8 * rationals))
+    turned = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(decode(encode(picture, "PNG", exif=exif)), turned)
+    strange = tiff([(0x0112, 5, rationals, struct.pack("<I", 8 + 2 + 12 + 4))], bytes(8 * rationals))
+    assert np.array_equal(decode(encode(picture, "PNG", exif=strange)), np.asarray(picture))
+    assert np.array_equal(decode(encode(picture, "PNG", exif=tiff([])[:10])), np.asarray(picture))
+    jpeg, part = encode(picture, "JPEG"), b"Exif\0\0" + bytes(65_000)
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part
+    with pytest.raises(UndecodableImage, match="EXIF"):
+        decode(jpeg[:2] + segment * 3 + jpeg[2:])
+
+
+def test_pieces_that_take_long_are_walked_for_two_seconds_at_most(picture):
+    png = encode(picture, "PNG")
+    data = b"iCCPk\0\0" + zlib.compress(bytes(2**20 - 1))
+    profile = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    with pytest.raises(UndecodableImage, match="take more than 2 s"):
+        decode(png[:33] + profile * 28_000 + png[33:])
+
+
 def test_of_a_long_animation_no_more_than_the_second_frame_is_looked_at(picture):
     frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\0"
     gif = encode(picture.quantize(), "GIF")

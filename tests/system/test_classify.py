@@ -347,6 +347,15 @@ def test_a_deadline_that_passes_answers_504(client, samples):
     assert problem(response) == (504, "deadline_exceeded")
 
 
+def test_a_deadline_is_no_longer_than_the_service_allows(start, samples):
+    url = start(max_deadline_ms=1).wait_until_ready()
+    data, pause = samples[0].data, threading.Event()
+    for length in ({}, {"Content-Length": str(len(data))}):  # chunked, by the route; and by the short way
+        body = slow_body(data, lambda: pause.wait(0.05))
+        response = httpx.post(f"{url}/classify", content=body, headers=WEBP | {"X-Deadline-Ms": "60000"} | length)
+        assert problem(response) == (504, "deadline_exceeded")
+
+
 def test_documentation_examples_are_true(client, repository: Path, samples):
     schema = client.get("/openapi.json").json()
     operation = schema["paths"]["/classify"]["post"]

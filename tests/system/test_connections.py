@@ -291,6 +291,28 @@ def test_pictures_that_failed_are_not_kept_while_their_clients_stay(start, sampl
         assert resident_mib(server) < before + 40
 
 
+def test_images_of_clients_that_left_do_not_wait_for_their_turn(start, samples):
+    server = start(workers=1, max_batch=1, coalesce=0)
+    url = server.wait_until_ready()
+    slow = io.BytesIO()
+    Image.new("RGB", (6000, 6000), "red").save(slow, "PNG")
+    busy = [("images", ("slow.png", slow.getvalue()))] * 16
+    with connect(url) as connection, httpx.Client(base_url=url, timeout=60) as client:
+        request = client.build_request("POST", "/classify", files=busy, headers={"X-Deadline-Ms": "60000"})
+        body = request.read()
+        head = (
+            f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Deadline-Ms: 60000\r\nContent-Type: {request.headers['Content-Type']}\r\n"
+        )
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        before = resident_mib(server)
+        for _ in range(10):
+            with connect(url) as leaving:
+                leaving.sendall(classify_request(bytes(16 * 2**20)))
+        while 'requests_total{status="499"} 10.0' not in client.get("/metrics").text:
+            assert server.process.poll() is None
+        assert resident_mib(server) < before + 16 + 6000 * 6000 * 4 / 2**20
+
+
 def test_idle_connections_make_room_for_new_ones(impatient, samples):
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(impatient)) for _ in range(30)]

@@ -402,6 +402,7 @@ def test_hostile_requests_are_refused_with_a_word(client, head, tail, length, st
         (gzip.compress(tensor())[:-9], "gzip", 400, "cut off"),
         (gzip.compress(tensor()) + b"more", "gzip", 400, "more follows"),
         (gzip.compress(b" " * (1 << 20)), "gzip", 400, "no valid JSON"),
+        (gzip.compress(json.dumps(as_json(ZEROS, outputs=[{"name": "logits"}] * 200_000)).encode()), "gzip", 400, "outputs"),
         (b"no gzip", "gzip", 400, "no valid gzip stream"),
         (gzip.compress(tensor()), "deflate", 400, "no valid deflate stream"),
         (b"", "deflate", 400, "cut off"),
@@ -427,6 +428,17 @@ def test_answers_are_compressed_as_the_client_accepts(client, pixels, accepted, 
     assert len(response.json()["outputs"][0]["data"]) == 10 * 16 * 16
     small = client.post(INFER, json=as_json(pixels[:1]), headers={"Accept-Encoding": accepted})
     assert "content-encoding" not in small.headers
+
+
+def test_an_answer_that_has_no_room_is_refused(start):
+    url = start(max_held_bytes=1_000_000).wait_until_ready()
+    maps = as_json(ZEROS.repeat(64, 0), outputs=[{"name": "class_maps"}])
+    pixels = as_json(ZEROS.repeat(64, 0))
+    with httpx.Client(base_url=url) as client:
+        assert client.post(INFER, json=pixels).status_code == 200
+        response = client.post(INFER, json=maps)
+        assert (response.status_code, "CONVMIXER_MAX_HELD_BYTES" in error_of(response)) == (503, True)
+        assert client.post(INFER, json=pixels).status_code == 200  # what was counted is given back
 
 
 def test_limits_are_those_of_classify_and_failures_the_protocols(tight):

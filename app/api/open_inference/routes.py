@@ -10,16 +10,19 @@ the configuration's parameters and in /docs.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from app import __version__
-from app.api.inference import DeadlineHeader, infer, read_body
+from app.api.inference import CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.codings import compress, decompress
 from app.api.open_inference.schemas import (
@@ -36,6 +39,7 @@ from app.api.open_inference.schemas import (
     ServerReady,
     StatisticsAnswer,
 )
+from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
 from app.errors import MalformedRequest, NotServing, ServiceError, UnknownModel
@@ -64,6 +68,11 @@ def _service(request: Request) -> Service:
     return service
 
 
+T = TypeVar("T")
+
+_SMALL = 256 * 1024
+"""Bytes of JSON that are read in less time than a thread would be told to."""
+
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 
 
@@ -81,7 +90,7 @@ async def infer_tensors(request: Request, x_deadline_ms: DeadlineHeader = None) 
         raise
 
 
-async def _infer(service: Service, request: Request, deadline_ms: int | None, exchange: Exchange) -> Response:
+async def _infer(service: Service, request: Request, asked_ms: int | None, exchange: Exchange) -> Response:
     settings, metadata = service.settings, service.metadata
     body = await read_body(request)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
@@ -89,22 +98,41 @@ async def _infer(service: Service, request: Request, deadline_ms: int | None, ex
         if encoding != "identity":
             body = await decompress(body, encoding, settings.max_body_bytes, take)
         header_length = _header_length(request.headers, len(body))
-        call = tensors.parse_call(body, header_length, side=metadata.input_size, max_images=settings.max_images)
-        deadline_s = call.timeout_s or (deadline_ms or settings.deadline_ms) / 1000
+        parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
+        json_bytes = len(body) if header_length is None else header_length
+        call = await (_at_once if json_bytes < _SMALL else run_in_threadpool)(parse, body, header_length)
+        deadline_s = min(call.timeout_s or deadline_ms(asked_ms, settings) / 1000, settings.max_deadline_ms / 1000)
         results = await infer(request, call.images, explain=call.explain, deadline_s=deadline_s, begin=exchange.begin)
     exchange.timings = [result.timing for result in results if isinstance(result, Outcome | ServiceError) and result.timing]
     outcomes = [_outcome(call, index, result) for index, result in enumerate(results)]
     output_begin = time.monotonic()
-    answer, length = tensors.build_answer(call, outcomes, metadata)
+    accepted = request.headers.get("accept-encoding", "")
+    # class maps are megabytes of numbers: written and compressed in the loop they would hold up everybody
+    answer, coding, length = await (run_in_threadpool if call.explain else _at_once)(_write, call, outcomes, metadata, accepted)
     headers = {} if length is None else {_HEADER_LENGTH: str(length)}
-    answer, coding = compress(answer, request.headers.get("accept-encoding", ""))
     if coding:
         headers["Content-Encoding"] = coding
     end = time.monotonic()
     service.statistics.record_success(outcomes, seconds=end - exchange.begin, output_s=end - output_begin)
-    predictions = [judge(outcome, metadata, index=i, filename=None, top_k=1) for i, outcome in enumerate(outcomes)]
+    plain = [replace(outcome, class_maps=None) for outcome in outcomes]  # a heat map would be drawn, for nobody
+    predictions = [judge(outcome, metadata, index=i, filename=None, top_k=1) for i, outcome in enumerate(plain)]
     service.metrics.observe_answer(end - exchange.begin, predictions)
-    return Response(answer, headers=headers, media_type="application/json" if length is None else "application/octet-stream")
+    media_type = "application/json" if length is None else "application/octet-stream"
+    return CountedResponse(service, answer, headers=headers, media_type=media_type)
+
+
+def _write(
+    call: tensors.InferenceCall, outcomes: list[Outcome], metadata: ArtifactMetadata, accepted: str
+) -> tuple[bytes, str | None, int | None]:
+    """The answer, its content coding, and the length of the JSON at its beginning if tensors follow it as bytes."""
+    answer, length = tensors.build_answer(call, outcomes, metadata)
+    answer, coding = compress(answer, accepted)
+    return answer, coding, length
+
+
+async def _at_once(function: Callable[..., T], *arguments: Any) -> T:
+    """As `run_in_threadpool`, for what takes less time than the way there."""
+    return function(*arguments)
 
 
 @router.get("", summary="What this server is")

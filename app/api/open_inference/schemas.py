@@ -52,6 +52,10 @@ class OutputParameters(_Wire):
     classification: int = Field(0, ge=0, description='The n best classes as BYTES "value:index:label" in place of all values.')
 
 
+_MOST_TENSORS = 16
+"""More than there are, so that a request with a tensor too many is told which."""
+
+
 class RequestedOutput(_Wire):
     """One output tensor."""
 
@@ -73,8 +77,10 @@ class InferenceRequest(_Wire):
 
     id: str | None = Field(None, max_length=1024, description="Returned in the answer.")
     parameters: RequestParameters = RequestParameters()
-    inputs: Annotated[list[RequestInput], FailFast()] = Field(description="One tensor.")
-    outputs: Annotated[list[RequestedOutput], FailFast()] = Field([], description="None: logits and probabilities.")
+    inputs: Annotated[list[RequestInput], FailFast()] = Field(max_length=_MOST_TENSORS, description="One tensor.")
+    outputs: Annotated[list[RequestedOutput], FailFast()] = Field(
+        [], max_length=_MOST_TENSORS, description="None: logits and probabilities."
+    )
 
 
 class ResponseOutput(TypedDict):
