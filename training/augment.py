@@ -175,7 +175,8 @@ def _contrast(image: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpness(image: Tensor, factor: Tensor) -> Tensor:
-    kernel = image.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]).div(13).expand(3, 1, 3, 3)
+    kernel = image.new_full((3, 1, 3, 3), 1 / 13)  # made on the device: a GPU waits for what comes from elsewhere
+    kernel[:, :, 1, 1] = 5 / 13
     blurred = image.clone()  # the outermost pixels stay as they are
     blurred[..., 1:-1, 1:-1] = F.conv2d(image, kernel, groups=3)
     return _blend(image, blurred, factor)

@@ -84,6 +84,12 @@ def evaluate(
 
     path = output or checkpoint.with_name("evaluation.json")
     report = run(checkpoint, data, path, _usable_device(device))
+    if report["trained_with"]:
+        typer.secho(
+            "these are the images it was trained with, so this says nothing of new ones; put some into test/ beside train/",
+            fg="yellow",
+            err=True,
+        )
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
 
 

@@ -100,6 +100,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require = {
+            "seed must be between 0 and 999,999,999": 0 <= self.seed < 1_000_000_000,
+            "model.in_channels must be 3: images are read as RGB": getattr(self.model, "in_channels", 3) == 3,
             "optimizer must be 'adamw', 'adam' or 'muon'": self.optimizer in ("adamw", "adam", "muon"),
             "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
             "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,

@@ -123,12 +123,23 @@ def _load_folder(folder: Path, image_size: int) -> ImageSet:
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
-    """uint8 [S, S, 3], RGB, upright; cropped to the middle square when the sides differ, as the service does."""
+    """uint8 [S, S, 3], RGB, as the service reads it (`app.images`, a test compares): upright, the middle square, on white."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            full = _to_8_bit(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
-    if upright.size != (image_size, image_size):
-        upright = ImageOps.fit(upright, (image_size, image_size), Image.Resampling.BILINEAR)
-    return np.array(upright)
+    if full.size != (image_size, image_size):
+        full = ImageOps.fit(full, (image_size, image_size), Image.Resampling.BILINEAR)
+    if full.mode == "RGBA":
+        full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
+    return np.array(full.convert("RGB"))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """RGB, grey, or RGBA where something is transparent; Pillow itself would make nearly all of 16-bit grey white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        return image.convert("RGBA")
+    return image if image.mode in {"RGB", "L"} else image.convert("RGB")

@@ -45,7 +45,16 @@ class Distillation:
         ours = [list(config.normalize_mean), list(config.normalize_std)]
         if [found["normalize_mean"], found["normalize_std"]] != ours:
             raise ConfigError(f"the teacher {path} was trained on pixels normalised differently; both must see the same")
+        size = found["model"].get("image_size")
+        if size and {size} != {config.image_size, config.start_size or config.image_size}:
+            raise ConfigError(
+                f"the teacher {path} takes images of {size} pixels only; set image_size to that, and start_size to 0"
+            )
         self.teacher = {"name": found["name"], "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def compile(self) -> None:
+        """Runs the teacher through torch.compile."""
+        self._network.compile()
 
     def __call__(self, pictures: Tensor, logits: Tensor) -> Tensor:
         """Mean divergence of the student's answers from the teacher's, in nats, times the squared temperature.

@@ -29,7 +29,7 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
         checkpoint_path: a `model.safetensors`.
         data_path: see `training.data.load_images`.
         output: JSON file written: top-1, top-5, per class, confusion matrix (rows: true class), NLL, Brier, ECE, and the
-            images it got wrong with the greatest confidence.
+            images it got wrong with the greatest confidence; and whether these are the images it was trained with.
         device: torch device.
 
     Raises:
@@ -55,6 +55,7 @@ def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device:
         "checkpoint": checkpoint_path.name,
         "checkpoint_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
         "data_sha256": data.fingerprint(),
+        "trained_with": data.fingerprint() == description["training"]["data_sha256"],
         **score(logits, data.labels, data.classes, description["calibration"]["temperature"]),
     }
     output.write_text(json.dumps(report, indent=2) + "\n")
@@ -73,6 +74,8 @@ def compute_outputs(
     model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `compute_logits`, with the pooled features before the head: float32 [N, C], float32 [N, h]."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 would have ten bits of mantissa in convolutions
     model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
     batches = tqdm(

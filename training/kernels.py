@@ -34,7 +34,11 @@ def _library(kernel_size: int) -> ctypes.CDLL | None:
         if done.returncode:
             print(f"{SOURCE.name} could not be compiled; the library's kernels are used:\n{done.stderr}", file=sys.stderr)
             return None
-        return ctypes.CDLL(str(path))
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # e.g. a /tmp from which nothing may be executed
+            print(f"{SOURCE.name} was compiled, but cannot be loaded; the library's kernels are used: {error}", file=sys.stderr)
+            return None
 
 
 def keep_freed_memory() -> None:

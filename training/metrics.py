@@ -20,7 +20,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 [N].
 
     Returns:
-        T > 0; probabilities are softmax(logits / T).
+        T > 0; probabilities are softmax(logits / T). At least 1 where no answer is wrong: then the loss falls for ever
+        with T, and would have every answer be given as certain.
     """
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
@@ -33,7 +34,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)
-    return float(log_temperature.detach().exp())
+    temperature = float(log_temperature.detach().exp())
+    return max(1.0, temperature) if bool((logits.argmax(1) == labels).all()) else temperature
 
 
 def feature_similarity(features: Tensor, class_means: Tensor) -> Tensor:

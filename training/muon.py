@@ -94,6 +94,6 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
         module
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)))
-        and not name.startswith("head")
+        and not name.startswith(("stem", "head"))
     ]
     return [layer.weight for layer in layers]

@@ -160,9 +160,10 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
         batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
         validation = averaged["val_accuracy"]
+    seen = " **These are the images it was trained with: this says nothing of new ones.**"
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
-        f"one run, seed {config['seed']})",
+        f"one run, seed {config['seed']}){seen if evaluation.get('trained_with') else ''}",
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
         "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from model.architectures import Network, config_from_dict
-from model.checkpoint import CLASS_MEANS, CheckpointError, load_checkpoint, save_checkpoint
+from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixerConfig, count_parameters
 from model.grow import can_grow, grow
 from training import __version__
 from training.calibrate import Calibration
 from training.config import TrainConfig
 from training.data import ImageSet
+from training.ema import MovingAverage
 from training.errors import ConfigError, ResumeError, StorageError
 from training.runtime import Runtime, hardware
 
@@ -45,7 +45,7 @@ class TrainingState:
         teacher: dict[str, str] | None,
         path: Path,
         model: Network,
-        ema: AveragedModel,
+        ema: MovingAverage,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
     ) -> None:
@@ -56,7 +56,7 @@ class TrainingState:
     def save(self, progress: Progress) -> None:
         """Writes the training checkpoint; raises StorageError."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
         description = {
@@ -100,7 +100,7 @@ class TrainingState:
             group, _, key = name.partition(".")
             groups[group][key] = tensor
         self.model.load_state_dict(groups["model"])
-        self.ema.load_state_dict(groups["ema"])
+        self.ema.module.load_state_dict(groups["ema"])
         parameters = list(self.model.parameters())
         slots: dict[int, dict[str, Tensor]] = {}
         for key, tensor in groups["optimizer"].items():
@@ -109,7 +109,8 @@ class TrainingState:
             like = torch.empty_like(parameters[int(index)]) if tensor.dim() else torch.empty_like(tensor)
             slots.setdefault(int(index), {})[slot] = like.copy_(tensor)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.scaler.load_state_dict(found["scaler"])
+        if found["scaler"] and self.scaler.is_enabled():  # the precision may be another one now
+            self.scaler.load_state_dict(found["scaler"])
         return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"], found.get("init"))
 
     def start_from(self, path: Path) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class TrainingState:
             ConfigError: it holds another network.
         """
         found = load_checkpoint(path)
+        build_model(found)  # one that is still in training describes no network
         ours, theirs = self.config.model, config_from_dict(found.description["model"])
         theirs = replace(theirs, num_classes=ours.num_classes)
         same_classes = found.description["classes"] == self.classes

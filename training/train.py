@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from model.architectures import Network, build_network
@@ -34,6 +33,7 @@ from training.config import TrainConfig
 from training.data import ImageSet, split_validation
 from training.distill import Distillation
 from training.distributed import join, local_device
+from training.ema import MovingAverage
 from training.errors import DataError, DivergenceError, ResumeError, StorageError
 from training.evaluate import compute_logits
 from training.fused import use_cpu_kernels
@@ -78,7 +78,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         DataError: fewer images than one batch.
         ConfigError: `init` holds another network, `teacher` other classes, or the batch does not divide by the processes.
         CheckpointError: `init` or `teacher` is not a released checkpoint.
-        ResumeError: there is nothing to resume, or it belongs to another run.
+        ResumeError: there is nothing to resume, or it belongs to another run; or a new run would overwrite one.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
         SystemExit: SIGTERM or SIGINT came, or the deadline; a checkpoint was written first.
@@ -92,9 +92,10 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     device = torch.device(local_device(runtime.device))
     images, labels = training.images.to(device), training.labels.to(device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # images have few sizes, so trying kernels pays
     torch.manual_seed(config.seed)
     model = build_network(config.model).to(device).to(memory_format=torch.channels_last)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    ema = MovingAverage(model, config.ema_decay)
     optimizer = _build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     augment = Augmentation(config, len(data.classes), device)
@@ -102,6 +103,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     origin = distill.teacher if distill else None
     state = TrainingState(config, data, origin, output / "last.safetensors", model, ema, optimizer, scaler)
 
+    if not resume and state.path.exists():
+        raise ResumeError(f"{output} holds a run already; go on with it (--resume), or give another --output")
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
@@ -115,7 +118,10 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         if isinstance(model, ConvMixer) and device.type == "cpu":
             use_cpu_kernels(model, group.size)
         network: Callable[[Tensor], Tensor] = group.wrap(model, device)
-        network = torch.compile(network) if runtime.compile else network
+        if runtime.compile:
+            network = torch.compile(network)
+            if distill:
+                distill.compile()
         events = stack.enter_context(_summary_writer(output) if runtime.tensorboard and group.leads else contextlib.nullcontext())
         bar = stack.enter_context(_progress_bar(config, model, runtime, progress.step, total_steps, shown=group.leads))
         termination = stack.enter_context(_termination_requested())
@@ -150,7 +156,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            ema.update_parameters(model)
+            ema.update(step)
             loss_sum += group.mean(loss.detach())
 
             progress.step = step + 1
@@ -167,7 +173,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
             if epoch_ends:
-                released: Network = ema.module if config.ema_decay else model  # type: ignore[assignment]
+                released: Network = ema.module if config.ema_decay else model
                 val_logits = compute_logits(released, validation, config, device)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
@@ -200,7 +206,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 tqdm.write(f"stopped at step {step + 1} {reason}; continue with --resume", file=sys.stderr)
                 raise SystemExit(128 + (termination or [signal.SIGTERM])[0])
         if group.leads:
-            released = ema.module if config.ema_decay else model  # type: ignore[assignment]
+            released = ema.module if config.ema_decay else model
             calibration = calibrate(released, training, validation, config, device)
             state.release(released, progress, calibration, len(training), len(validation), runtime)
     return output / "model.safetensors"

@@ -104,6 +104,8 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
     ("name", "text"),
     [
         ("optimizer", "sgd"),
+        ("seed", "20000000000"),
+        ("model.in_channels", "1"),
         ("schedule", "step"),
         ("epochs", "0"),
         ("batch_size", "-1"),

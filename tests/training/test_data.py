@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
+from app.images import DecodeLimits, ResizeRule, decode_image
 from tests.training.conftest import CIFAR10
 from training.data import ImageSet, load_images, split_validation
 from training.errors import DataError
@@ -106,6 +107,25 @@ def test_exif_orientation_is_applied(folder_of: FolderOf, cat: Image.Image) -> N
         upright = np.array(stored.convert("RGB").rotate(-90))
     assert not np.array_equal(upright, np.array(cat))
     assert torch.equal(load_images(folder, "train", 32).images[-1], torch.from_numpy(upright).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16", "1", "RGB"])
+def test_a_picture_is_read_as_the_service_reads_it(folder_of: FolderOf, cat: Image.Image, mode: str) -> None:
+    folder = folder_of("dog")
+    picture = cat.resize((50, 40))
+    options = {}
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    elif mode == "P":
+        picture, options = picture.quantize(8), {"transparency": 3}
+    elif mode in ("RGBA", "LA"):
+        picture = picture.convert(mode)
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    else:
+        picture = picture.convert(mode)
+    path = put(picture, folder / "odd" / "image.png", **options)
+    served = decode_image(path.read_bytes(), ResizeRule(32, "crop", "bilinear"), DecodeLimits(10**6, 10**4)).pixels
+    assert torch.equal(load_images(folder, "train", 32).images[-1], torch.from_numpy(served.copy()).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA"])

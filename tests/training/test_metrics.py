@@ -55,6 +55,7 @@ def test_temperature_of_extremes_is_usable(right: bool) -> None:
     labels = torch.arange(4).repeat(5)
     temperature = fit_temperature(logits, labels if right else (labels + 1) % 4)
     assert math.isfinite(temperature)
+    assert temperature >= 1, "that all answers were right so far does not make the next one certain"
     assert temperature > 0
     assert torch.isfinite((logits.double() / temperature).softmax(1)).all()
     assert 0 <= rejection_thresholds(familiarity(logits, temperature, torch.zeros(20)))["max_probability"] <= 1

@@ -34,6 +34,12 @@ def test_its_matrices_are_the_pointwise_convolutions() -> None:
     assert all(a is b for a, b in zip(found, expected, strict=True))
 
 
+def test_a_stem_of_single_pixels_is_none_of_its_matrices() -> None:
+    net = build_network(ConvMixerConfig(hidden_dim=16, depth=3, kernel_size=3, patch_size=1))
+    assert not any(matrix is net.stem.conv.weight for matrix in hidden_matrices(net))  # type: ignore[union-attr]
+    assert len(hidden_matrices(net)) == 3
+
+
 def test_a_step_is_that_of_adamw_but_for_the_matrices() -> None:
     nets = [build_network(NET) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())

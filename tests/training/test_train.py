@@ -255,8 +255,17 @@ def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, t
 
 
 @pytest.mark.usefixtures("no_compiler")
+def test_a_run_is_not_overwritten_by_another(animals: ImageSet, tmp_path: Path) -> None:
+    path = train(TINY, animals, tmp_path, QUIET)
+    with pytest.raises(ResumeError, match="holds a run already"):
+        train(TINY, animals, tmp_path, QUIET)
+    with pytest.raises(CheckpointError):  # of a run, not of a network
+        train(TINY, animals, tmp_path / "next", QUIET, init=path.with_name("last.safetensors"))
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_averaged_weights_are_released_when_averaging_is_on(animals: ImageSet, tmp_path: Path) -> None:
-    for decay, group in ((0.9, "ema.module."), (0.0, "model.")):
+    for decay, group in ((0.9, "ema."), (0.0, "model.")):
         path = train(replace(TINY, ema_decay=decay), animals, tmp_path / str(decay), QUIET)
         last = load_checkpoint(path.with_name("last.safetensors")).tensors
         released = load_checkpoint(path).tensors
@@ -432,7 +441,7 @@ def test_finish_releases_what_a_stopped_run_has_come_to(animals: ImageSet, inter
     released = load_checkpoint(train(TINY, animals, output, QUIET, resume=True, finish=True))
     averaged = load_checkpoint(output / "last.safetensors").tensors
     del released.tensors[CLASS_MEANS]
-    assert all(torch.equal(tensor, averaged["ema.module." + name]) for name, tensor in released.tensors.items())
+    assert all(torch.equal(tensor, averaged["ema." + name]) for name, tensor in released.tensors.items())
     training = released.description["training"]
     assert (training["steps"], training["total_steps"], len(training["history"])) == (4, 6, 1)
     assert (output / "last.safetensors").read_bytes() == last, "the run can still be resumed"
