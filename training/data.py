@@ -123,7 +123,10 @@ def _load_folder(folder: Path, image_size: int) -> ImageSet:
 
 
 def _read_image(path: Path, image_size: int) -> np.ndarray:
-    """uint8 [S, S, 3], RGB, as the service reads it (`app.images`, a test compares): upright, the middle square, on white."""
+    """uint8 [S, S, 3], RGB, as the service reads it (`app.images`, a test compares): upright, the middle square, on white.
+
+    An orientation that only XMP has turns it, too; the service reads EXIF alone.
+    """
     try:
         with Image.open(path) as image:
             full = _to_8_bit(ImageOps.exif_transpose(image))

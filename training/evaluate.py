@@ -74,16 +74,19 @@ def compute_outputs(
     model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `compute_logits`, with the pooled features before the head: float32 [N, C], float32 [N, h]."""
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # float32 would have ten bits of mantissa in convolutions
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU's float32 has ten bits of mantissa in convolutions
     model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
     batches = tqdm(
         data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
     )
     logits, pooled = [], []
-    for batch in batches:
-        features = model.forward_features(normalize(batch).to(device, memory_format=torch.channels_last))
-        logits.append(model.forward_head(features).float().cpu())
-        pooled.append(features.mean((2, 3)).float().cpu())
+    try:
+        for batch in batches:
+            features = model.forward_features(normalize(batch).to(device, memory_format=torch.channels_last))
+            logits.append(model.forward_head(features).float().cpu())
+            pooled.append(features.mean((2, 3)).float().cpu())
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
     return torch.cat(logits), torch.cat(pooled)

@@ -78,12 +78,14 @@ class TrainingState:
         try:
             checkpoint = load_checkpoint(self.path)
         except CheckpointError as error:
-            raise ResumeError(f"{error}; start without --resume") from error
+            what_now = "remove it, or give another --output" if self.path.exists() else "start without --resume"
+            raise ResumeError(f"{error}; {what_now}") from error
         found = checkpoint.description
         if found["data_sha256"] != self.data_sha256:
             raise ResumeError(f"{self.path} was trained on other data; resuming needs exactly the same images and labels")
         if found["code_version"] != __version__:
-            raise ResumeError(f"{self.path} is from version {found['code_version']}, this is {__version__}; start anew")
+            versions = f"{self.path} is from version {found['code_version']}, this is {__version__}"
+            raise ResumeError(f"{versions}; remove it to start anew, or give another --output")
         if found.get("teacher") != self.teacher:
             names = [(t or {}).get("name", "none") for t in (found.get("teacher"), self.teacher)]
             raise ResumeError(

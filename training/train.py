@@ -104,7 +104,9 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     state = TrainingState(config, data, origin, output / "last.safetensors", model, ema, optimizer, scaler)
 
     if not resume and state.path.exists():
-        raise ResumeError(f"{output} holds a run already; go on with it (--resume), or give another --output")
+        raise ResumeError(
+            f"{output} holds a run already; go on with it (--resume), remove {state.path}, or give another --output"
+        )
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
@@ -261,7 +263,9 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 def _divergence(what: str, config: TrainConfig, path: Path) -> DivergenceError:
     kept = f"{path} is from before it" if path.exists() else "nothing was saved before it"
-    return DivergenceError(f"{what}; {kept}. Start anew with a smaller learning rate, e.g. --set lr={config.lr / 2:g}")
+    return DivergenceError(
+        f"{what}; {kept}. Start anew in another --output with a smaller learning rate, e.g. --set lr={config.lr / 2:g}"
+    )
 
 
 @contextlib.contextmanager

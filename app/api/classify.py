@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,6 +31,11 @@ from app.telemetry.exchange import Exchange
 from app.verdict import judge
 
 router = APIRouter()
+
+_OTHER_MARKS = 100
+"""Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
+
+_JSON_OBJECT = re.compile(rb"[ \t\r\n]*\{")
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
@@ -91,9 +97,6 @@ _BODY_SCHEMA: dict[str, Any] = {
 }
 
 # FastAPI would call it application/json; the models it refers to are components of the document through ClassifyAnswer
-_OTHER_MARKS = 100
-"""Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
-
 _PROBLEM_SCHEMA = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
 del _PROBLEM_SCHEMA["$defs"]
 
@@ -221,7 +224,7 @@ def _plain(name: str | None) -> str | None:
 
 def _read_json(body: bytes, max_images: int) -> list[Upload]:
     # millions of items would be built before they could be counted; base64 has none of these bytes
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
+    if _JSON_OBJECT.match(body) and body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
         raise _too_many(max_images)
     try:
         encoded = ClassifyJson.model_validate_json(body).images

@@ -31,11 +31,15 @@ def deadline_ms(asked: int | None, settings: Settings) -> int:
         asked: `X-Deadline-Ms`, if it was sent.
         settings: the default, and the most.
     """
-    return min(asked or settings.deadline_ms, settings.max_deadline_ms)
+    return min(asked, settings.max_deadline_ms) if asked else settings.deadline_ms
+
+
+_COUNTED = 64 * 1024
+"""Shorter answers are not worth refusing: their requests have been paid for."""
 
 
 class CountedResponse(Response):
-    """An answer that counts as held bytes until its client has taken nearly all of it: it may be much longer than its request.
+    """An answer that, if it is long, counts as held bytes until its client has taken nearly all of it.
 
     Args:
         service: whose budget it is.
@@ -54,7 +58,8 @@ class CountedResponse(Response):
             Overloaded: there is no room for it.
         """
         with self.service.bodies.loan() as take:
-            take(len(self.body))
+            if len(self.body) > _COUNTED:
+                take(len(self.body))
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self.body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})

@@ -46,7 +46,7 @@ _SICK = 32
 """Images one after the other on which the model failed, each alone: it is the engine that is broken, as a GPU may be for good."""
 
 HANG_TIMEOUT_S = 5.0
-"""A worker busy with decoding one image, or with one run of the model, for longer than this is taken for hung; the service
+"""A worker busy with one step of decoding an image, or with one run of the model, for longer is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
 
 
@@ -330,9 +330,11 @@ class Scheduler:
             group = [item for item in ready if item.explain is explain]
             if group:
                 untold += self._infer(group, explain, alone)
-        # a picture that took long and could not be decoded tells how long the next may take, too
-        if tried := sum(item.timing.decode_s > 0 for item in batch):
+        # pictures that could not be decoded count if they took long: so may the next. What fails at once tells nothing
+        if tried := len(ready) or sum(item.timing.decode_s > 0 for item in batch):
             seconds = (time.monotonic() - begin) / tried
+            if not ready and seconds < self._image_s:
+                return
             # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
@@ -358,7 +360,7 @@ class Scheduler:
             else:
                 announce(large=len(data) > _HOLD_BACK_BYTES)
                 item.decoded = decode_image(
-                    data, self.rule, self.limits, lambda pixels: announce(large=pixels > _HOLD_BACK_PIXELS)
+                    data, self.rule, self.limits, lambda pixels: announce(large=pixels > _HOLD_BACK_PIXELS), self._still_busy
                 )
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.data = b""
@@ -368,6 +370,9 @@ class Scheduler:
         item.data = b""
         item.timing.decode_s = time.monotonic() - begin
         return True
+
+    def _still_busy(self) -> None:
+        self._busy_since[threading.get_ident()] = time.monotonic()
 
     def _infer(self, group: list[_Item], explain: bool, alone: bool) -> list[_Answered]:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def classify_shard(shards: Shards, job: JobDescription, shard: int, service: Ser
         else:
             code = result.code if isinstance(result, ServiceError) else UNREADABLE
             rejected.append({"id": identity, "code": code, "detail": getattr(result, "detail", str(result))})
-    id_type = _id_type(place, job, pieces[0])
+    id_type = _id_type(place, job, pieces)
     shards.write(
         shard,
         pa.Table.from_pylist(
@@ -189,10 +190,9 @@ def _read_file(place: Place, path: str, max_bytes: int) -> bytes:
         return file.read()  # type: ignore[no-any-return]
 
 
-def _id_type(place: Place, job: JobDescription, piece: Piece) -> pa.DataType:
-    if job.id_column is None or piece.row_group is None:
-        return pa.string()
-    try:
-        return parquet.read_schema(place / piece.path, filesystem=place.fs).field(job.id_column).type
-    except (OSError, pa.ArrowException):
-        return pa.string()  # none of its records can be read, so none has an id
+def _id_type(place: Place, job: JobDescription, pieces: list[Piece]) -> pa.DataType:
+    if job.id_column is not None and job.format == "parquet":
+        for path in dict.fromkeys(piece.path for piece in pieces):
+            with contextlib.suppress(OSError, pa.ArrowException):
+                return parquet.read_schema(place / path, filesystem=place.fs).field(job.id_column).type
+    return pa.string()  # also where no file can be read, and so no record has an id

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from app.errors import ImageTooLarge, UndecodableImage, UnsupportedImage
 from app.images import DecodeLimits, ResizeRule, decode_image
@@ -174,7 +175,7 @@ def in_pieces(picture: Image.Image) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["chunks", "fill bytes", "comments", "extensions", "runs"])
 def test_a_file_in_too_many_pieces_is_refused_before_all_are_walked(picture, kind):
-    with pytest.raises(UndecodableImage, match="200,000 pieces"):
+    with pytest.raises(UndecodableImage, match="pieces"):
         decode(in_pieces(picture)[kind])
 
 
@@ -205,17 +206,24 @@ def test_exif_is_read_no_further_than_the_orientation(picture):
     strange = tiff([(0x0112, 5, rationals, struct.pack("<I", 8 + 2 + 12 + 4))], bytes(8 * rationals))
     assert np.array_equal(decode(encode(picture, "PNG", exif=strange)), np.asarray(picture))
     assert np.array_equal(decode(encode(picture, "PNG", exif=tiff([])[:10])), np.asarray(picture))
+    long = tiff([(0x0112, 4, 1, struct.pack("<I", 6))])
+    assert np.array_equal(decode(encode(picture, "PNG", exif=b"Exif\0\0" + long)), turned)
+    big = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    assert np.array_equal(decode(encode(picture, "PNG", exif=big)), turned)
+    text = PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n    {len(big)}\n{(b'Exif' + bytes(2) + big).hex()}\n")
+    assert np.array_equal(decode(encode(picture, "PNG", pnginfo=text)), turned)
     jpeg, part = encode(picture, "JPEG"), b"Exif\0\0" + bytes(65_000)
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part
     with pytest.raises(UndecodableImage, match="EXIF"):
         decode(jpeg[:2] + segment * 3 + jpeg[2:])
 
 
-def test_pieces_that_take_long_are_walked_for_two_seconds_at_most(picture):
+def test_pieces_that_take_long_are_not_walked_to_the_end(picture):
     png = encode(picture, "PNG")
     data = b"iCCPk\0\0" + zlib.compress(bytes(2**20 - 1))
     profile = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
-    with pytest.raises(UndecodableImage, match="take more than 2 s"):
+    with pytest.raises(UndecodableImage, match="take more than 3 s"):
         decode(png[:33] + profile * 28_000 + png[33:])
 
 

@@ -243,7 +243,7 @@ def test_a_checkpoint_from_before_there_were_other_networks_can_be_started_from(
     save_checkpoint(tmp_path / "old.safetensors", checkpoint.tensors, checkpoint.description)
     train(replace(TINY, epochs=1), photos, tmp_path, QUIET, init=tmp_path / "old.safetensors")
     with pytest.raises(ConfigError, match=r"architecture is convmixer, here vit"):
-        train(TINY.override({"model.architecture": "vit"}), photos, tmp_path, QUIET, init=tmp_path / "old.safetensors")
+        train(TINY.override({"model.architecture": "vit"}), photos, tmp_path / "vit", QUIET, init=tmp_path / "old.safetensors")
 
 
 def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_nothing_to_resume(photos: ImageSet, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_not_resumed(stopped: Path, photos: ImageSet) -> None:
     last = stopped / "last.safetensors"
     last.write_bytes(last.read_bytes()[:-100])
-    with pytest.raises(ResumeError, match=r"is damaged .*; start without --resume"):
+    with pytest.raises(ResumeError, match=r"is damaged .*; remove it, or give another --output"):
         train(TINY, photos, stopped, QUIET, resume=True)
 
 
@@ -528,7 +528,7 @@ def rewrite(last: Path, **changes: Any) -> None:
 
 def test_a_checkpoint_of_other_code_is_not_resumed(stopped: Path, photos: ImageSet) -> None:
     rewrite(stopped / "last.safetensors", code_version="0.0.0")
-    with pytest.raises(ResumeError, match=r"is from version 0\.0\.0, this is .*; start anew"):
+    with pytest.raises(ResumeError, match=r"is from version 0\.0\.0, this is .*; remove it to start anew"):
         train(TINY, photos, stopped, QUIET, resume=True)
 
 
@@ -541,7 +541,8 @@ WILD = replace(TINY, lr=1e30, clip_norm=0.0, schedule="constant")
 @pytest.mark.parametrize("batch_size", [16, 57], ids=["within an epoch", "at the end of an epoch"])
 def test_divergence_stops_the_run(animals: ImageSet, tmp_path: Path, batch_size: int) -> None:
     with pytest.raises(
-        DivergenceError, match=r"loss is .* at step \d \(epoch 1\); nothing was saved before it\. Start anew with .*lr=5e\+29"
+        DivergenceError,
+        match=r"loss is .* at step \d \(epoch 1\); nothing was saved before it\. Start anew in another .*lr=5e\+29",
     ):
         train(replace(WILD, batch_size=batch_size), animals, tmp_path, QUIET)
     assert not list(tmp_path.iterdir())
@@ -562,10 +563,12 @@ def test_divergence_keeps_the_last_good_checkpoint(stopped: Path, photos: ImageS
 def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(
     stopped: Path, photos: ImageSet, largest_file: Callable[[int], AbstractContextManager[None]]
 ) -> None:
+    config = replace(TINY, epochs=TINY.epochs + 1)
+    rewrite(stopped / "last.safetensors", config=config.to_dict())
     before = {path.name: path.read_bytes() for path in stopped.iterdir()}
     message = r"last\.safetensors could not be written: .*; an earlier checkpoint there is untouched"
     with largest_file(8_000), pytest.raises(StorageError, match=message):
-        train(TINY, photos, stopped, QUIET)
+        train(config, photos, stopped, QUIET, resume=True)
     assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
 
 

@@ -101,7 +101,8 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
         parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
         json_bytes = len(body) if header_length is None else header_length
         call = await (_at_once if json_bytes < _SMALL else run_in_threadpool)(parse, body, header_length)
-        deadline_s = min(call.timeout_s or deadline_ms(asked_ms, settings) / 1000, settings.max_deadline_ms / 1000)
+        default_s = deadline_ms(asked_ms, settings) / 1000
+        deadline_s = min(call.timeout_s, settings.max_deadline_ms / 1000) if call.timeout_s else default_s
         results = await infer(request, call.images, explain=call.explain, deadline_s=deadline_s, begin=exchange.begin)
     exchange.timings = [result.timing for result in results if isinstance(result, Outcome | ServiceError) and result.timing]
     outcomes = [_outcome(call, index, result) for index, result in enumerate(results)]
