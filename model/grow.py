@@ -53,7 +53,7 @@ def grow(state: dict[str, Tensor], small: ConvMixerConfig, large: ConvMixerConfi
     origin = torch.cat(parts)  # [h_large], the channel that each is a copy of
     border = (large.kernel_size - small.kernel_size) // 2
     grown = {}
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items()):  # a file's tensors come in any order, and each split draws its own numbers
         split = _split(tensor, origin, generator) if name.endswith(_READERS) else tensor
         whole = F.pad(split, (border,) * 4) if name.endswith("depthwise.weight") else split
         grown[name] = whole[origin] if whole.dim() and not name.startswith("head.") else whole.clone()

@@ -16,6 +16,8 @@ from torch.optim.swa_utils import update_bn
 
 from model.architectures import config_from_dict
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model, load_checkpoint, save_checkpoint
+from model.convmixer import ConvMixerConfig
+from model.grow import can_grow, grow
 from training.augment import normalization
 from training.calibrate import calibrate
 from training.config import TrainConfig
@@ -32,6 +34,9 @@ _SAME = ("classes", "image_size", "normalize_mean", "normalize_std")
 def average(paths: list[Path], output: Path, data_path: Path | None, device: str) -> float:
     """Writes the mean of released checkpoints as a released checkpoint, calibrated; it is yet to be evaluated.
 
+    A narrower network among them, or one with a smaller kernel, is grown first, as the last one's run grew it when it began with
+    it (`--init`): only so do their channels belong together.
+
     Args:
         paths: two or more `model.safetensors`; settings and history are taken from the last.
         output: file to write.
@@ -43,7 +48,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
 
     Raises:
         CheckpointError: one of them cannot be read.
-        ConfigError: fewer than two, or they hold different networks.
+        ConfigError: fewer than two, or they hold networks that do not grow into the last one's.
         DataError: the data cannot be read, or one was trained with others or another held-out slice.
         OSError: the output cannot be written.
     """
@@ -57,9 +62,10 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
     data = load_images(data_path, "train", last["image_size"])
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         _check(path, checkpoint.description, last, data.fingerprint())
+    states = [_as_large(checkpoint, config) for checkpoint in checkpoints]
     training, validation = split_validation(data, config.val_fraction)
 
-    network = build_model(Checkpoint(_mean([checkpoint.tensors for checkpoint in checkpoints]), last))
+    network = build_model(Checkpoint(_mean(states), last))
     network = network.to(device).to(memory_format=torch.channels_last)
     normalize = normalization(config)
     sample = training.images[torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed))]
@@ -84,7 +90,10 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
 
 def _check(path: Path, found: dict[str, Any], last: dict[str, Any], fingerprint: str) -> None:
     different = [key for key in _SAME if found[key] != last[key]]
-    if config_from_dict(found["model"]) != config_from_dict(last["model"]):
+    theirs, large = config_from_dict(found["model"]), config_from_dict(last["model"])
+    if theirs != large and not (
+        isinstance(theirs, ConvMixerConfig) and isinstance(large, ConvMixerConfig) and can_grow(theirs, large)
+    ):
         different.append("networks")
     if different:
         raise ConfigError(f"{path} and the last checkpoint have different {', '.join(different)}; only equals can be averaged")
@@ -95,9 +104,17 @@ def _check(path: Path, found: dict[str, Any], last: dict[str, Any], fingerprint:
         raise DataError(f"{path} held out {held_out[0]:g} of the images, the last checkpoint {held_out[1]:g}; give equals")
 
 
+def _as_large(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, Tensor]:
+    """A checkpoint's weights in the size of the last one's network."""
+    weights = {name: tensor for name, tensor in checkpoint.tensors.items() if name != CLASS_MEANS}
+    small, large = config_from_dict(checkpoint.description["model"]), config.model
+    if isinstance(small, ConvMixerConfig) and isinstance(large, ConvMixerConfig) and small != large:
+        return grow(weights, small, large, config.seed)
+    return weights
+
+
 def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {
         name: torch.stack([state[name] for state in states]).mean(0) if tensor.is_floating_point() else tensor
         for name, tensor in states[-1].items()
-        if name != CLASS_MEANS
     }

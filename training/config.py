@@ -290,8 +290,8 @@ PRESETS: dict[str, Preset] = {
             ema_decay=0.999,
         ),
         source="ours: a fourth cycle, begun with the mean of `cpu-2` and `cpu-3`, grown from 192 to 256 channels (--init)",
-        cost="100 to 180 images a second on two Zen 3 cores: about an hour when nothing else runs",
-        result="not run to its end yet",
+        cost="86 minutes on two Zen 3 cores, float32, beside other work (74 images a second)",
+        result="91.47 % on the test set, one run; the mean of its weights and those it grew from: 92.07 % (docs/training.md)",
     ),
     "small": Preset(
         TrainConfig(

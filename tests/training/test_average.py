@@ -69,6 +69,17 @@ def test_batch_normalisation_sees_what_it_will_see(trained: Path, photos: ImageS
     torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), network.stem.norm.running_mean, atol=1e-2, rtol=5e-2)  # type: ignore[union-attr]
 
 
+def test_a_network_is_averaged_with_the_one_it_grew_from(
+    trained: Path, photos: ImageSet, tmp_path: Path, no_compiler: None
+) -> None:
+    wide = replace(TINY, model=replace(TINY.model, hidden_dim=24), lr=1e-9, muon_lr=1e-9, epochs=1)
+    grown = train(wide, photos, tmp_path / "grown", QUIET, init=trained)  # at this rate nothing moves
+    average([trained, grown], tmp_path / "mean.safetensors", CIFAR10, "cpu")
+    found, expected = (load_checkpoint(path).tensors for path in (tmp_path / "mean.safetensors", grown))
+    for name in (name for name in expected if name.endswith("weight")):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
 def test_only_equals_are_averaged(
     trained: Path, photos: ImageSet, folder_of: Callable[..., Path], tmp_path: Path, no_compiler: None
 ) -> None:
@@ -79,9 +90,9 @@ def test_only_equals_are_averaged(
         average([trained.with_name("last.safetensors"), trained], output, CIFAR10, "cpu")
     with pytest.raises(DataError, match="give the same --data"):
         average([trained, trained], output, folder_of("cat", "dog"), "cpu")
-    wider = train(replace(TINY, model=replace(TINY.model, hidden_dim=8), epochs=1), photos, tmp_path / "wider", QUIET)
+    deeper = train(replace(TINY, model=replace(TINY.model, depth=3), epochs=1), photos, tmp_path / "deeper", QUIET)
     with pytest.raises(ConfigError, match="different networks"):
-        average([wider, trained], output, CIFAR10, "cpu")
+        average([deeper, trained], output, CIFAR10, "cpu")
     found = load_checkpoint(trained)
     training = found.description["training"]
     other = tmp_path / "other.safetensors"
