@@ -304,12 +304,15 @@ def test_images_of_clients_that_left_do_not_wait_for_their_turn(start, samples):
             f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Deadline-Ms: 60000\r\nContent-Type: {request.headers['Content-Type']}\r\n"
         )
         connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not re.search(r"^convmixer_queue_depth 1[0-9]", client.get("/metrics").text, re.MULTILINE):
+            time.sleep(0.01)  # until the worker has its first picture, and the others wait
         before = resident_mib(server)
         for _ in range(10):
             with connect(url) as leaving:
                 leaving.sendall(classify_request(bytes(16 * 2**20)))
         while 'requests_total{status="499"} 10.0' not in client.get("/metrics").text:
-            assert server.process.poll() is None
+            assert "convmixer_queue_depth 0.0" not in client.get("/metrics").text, "one was not seen leaving"
+            time.sleep(0.01)
         assert resident_mib(server) < before + 16 + 6000 * 6000 * 4 / 2**20
 
 

@@ -234,10 +234,10 @@ def test_a_cancelled_image_costs_no_inference(session, make, samples):
 def test_an_image_cancelled_while_it_is_decoded_costs_no_inference(session, make, samples, monkeypatch):
     decoding, go_on = threading.Event(), threading.Event()
 
-    def slowly(data, rule, limits, announce):
+    def slowly(data, rule, limits, announce, heartbeat):
         decoding.set()
         assert go_on.wait(TIMEOUT_S)
-        return decode_image(data, rule, limits, announce)
+        return decode_image(data, rule, limits, announce, heartbeat)
 
     scheduler = make()
     monkeypatch.setattr("app.engine.scheduler.decode_image", slowly)
@@ -277,13 +277,13 @@ def test_an_answer_does_not_wait_while_the_next_large_picture_is_decoded(session
     Image.new("1", (900, 900)).save(buffer, "PNG")
     decoding, go_on = threading.Event(), threading.Event()
 
-    def slowly(data, rule, limits, announce):
+    def slowly(data, rule, limits, announce, heartbeat):
         def announced(pixels):
             announce(pixels)
             decoding.set()
             assert go_on.wait(TIMEOUT_S)
 
-        return decode_image(data, rule, limits, announced)
+        return decode_image(data, rule, limits, announced, heartbeat)
 
     monkeypatch.setattr("app.engine.scheduler.decode_image", slowly)
     (second,) = scheduler.submit([buffer.getvalue()])
