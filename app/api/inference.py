@@ -52,14 +52,16 @@ class CountedResponse(Response):
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it (ASGI). In two pieces: uvicorn waits with the second, which is empty, until the first is on its way.
+        """Sends it (ASGI). A long one in two pieces: uvicorn waits with the second, an empty one, until the first is on its way.
 
         Raises:
             Overloaded: there is no room for it.
         """
+        if len(self.body) <= _COUNTED:
+            await super().__call__(scope, receive, send)
+            return
         with self.service.bodies.loan() as take:
-            if len(self.body) > _COUNTED:
-                take(len(self.body))
+            take(len(self.body))
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self.body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})

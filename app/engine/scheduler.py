@@ -18,11 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
+from app.engine.item import Announce, Answered, Asker, Item, Key
 from app.engine.outcome import Outcome, Timing
 from app.engine.session import Session
 from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError
@@ -48,55 +47,6 @@ _SICK = 32
 HANG_TIMEOUT_S = 5.0
 """A worker busy with one step of decoding an image, or with one run of the model, for longer is taken for hung; the service
 then reports itself dead. The largest picture accepted takes about a second."""
-
-
-class _Promise(Future[Outcome]):
-    """A future that tells when it is cancelled; a callback would be called, and paid for, at the end of each."""
-
-    on_cancel: Callable[[], None] = staticmethod(lambda: None)
-
-    def cancel(self) -> bool:
-        """As a Future's."""
-        cancelled = super().cancel()
-        if cancelled:
-            self.on_cancel()
-        return cancelled
-
-
-@dataclass(eq=False, slots=True)
-class _Asker:
-    """Who waits for an image, and until when (time.monotonic())."""
-
-    deadline: float
-    future: _Promise = field(default_factory=_Promise)
-
-
-_Key = tuple[bytes, bool]
-
-
-@dataclass(eq=False, slots=True)
-class _Item:
-    """One image on its way. `decoded` is set by the worker; `key` is None if nobody can join the one that asked first."""
-
-    data: bytes | DecodedImage
-    explain: bool
-    askers: list[_Asker]
-    timing: Timing
-    key: _Key | None
-    decoded: DecodedImage | None = None
-
-    def forget(self) -> None:
-        """Lets go of the file: its only asker has left, and it may be large, and the queue long."""
-        self.data = b""
-
-
-_Answered = tuple[list[_Item], list[Outcome]]
-
-
-class _Announce(Protocol):
-    """Told before each image of a batch is opened, and before its pixels are decoded."""
-
-    def __call__(self, *, large: bool) -> None: ...
 
 
 class Scheduler:
@@ -130,9 +80,9 @@ class Scheduler:
         self._coalesce, self._on_batch = coalesce, on_batch
         # None ends the worker that takes it. This queue's waiting and waking are the interpreter's own, a tenth of the
         # cost of a Condition's.
-        self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._admission = threading.Lock()  # of the queue, of `_open` and of every item's askers
-        self._open: dict[_Key, _Item] = {}
+        self._open: dict[Key, Item] = {}
         self._draining = False
         self._busy_since: dict[int, float] = {}
         self._failed_in_row = 0
@@ -174,15 +124,15 @@ class Scheduler:
                 raise refusal
             futures: list[Future[Outcome]] = []
             for data, key in zip(images, keys, strict=True):
-                asker = _Asker(now + timeout_s)
+                asker = Asker(now + timeout_s)
                 futures.append(asker.future)
                 if key is not None and (twin := self._open.get(key)):
                     twin.askers.append(asker)
                     continue  # at most 64 KiB, which may wait for its turn though all have left
-                item = _Item(data, explain, [asker], Timing(now), key)
+                item = Item(data, explain, [asker], Timing(now), key)
                 if key is None:
                     asker.future.on_cancel = item.forget
-                if key is not None:
+                else:
                     self._open[key] = item
                 self._waiting.put(item)
         return futures
@@ -209,11 +159,11 @@ class Scheduler:
             reason="queue_full" if full else "would_be_late",
         )
 
-    def _key(self, data: bytes | DecodedImage, explain: bool) -> _Key | None:
+    def _key(self, data: bytes | DecodedImage, explain: bool) -> Key | None:
         """What makes two images the same work; None if it is not looked for."""
         return (data, explain) if self._coalesce and isinstance(data, bytes) and len(data) <= _COALESCED_BYTES else None
 
-    def _count_new(self, keys: list[_Key | None]) -> int:
+    def _count_new(self, keys: list[Key | None]) -> int:
         """How many of a request's images are not in flight yet, twins among themselves counted once."""
         known = {key for key in keys if key is not None}
         return keys.count(None) + len(known - self._open.keys())
@@ -259,7 +209,7 @@ class Scheduler:
             self._fail(item, NotServing("the service shut down before the image's turn came"))
         return not left and not any(t.is_alive() for t in self._threads)
 
-    def _take(self) -> _Item | None:
+    def _take(self) -> Item | None:
         """What waits next, or None if nothing does."""
         try:
             item = self._waiting.get_nowait()
@@ -281,7 +231,7 @@ class Scheduler:
 
     def _work(self) -> None:
         me = threading.get_ident()
-        untold: list[_Answered] = []  # of the batch before
+        untold: list[Answered] = []  # of the batch before
         while True:
             first = self._take() if untold else self._waiting.get()
             if first is None:
@@ -302,7 +252,7 @@ class Scheduler:
                 del self._busy_since[me]
             del first, batch  # no image is held while the worker waits for the next
 
-    def _gather(self, first: _Item) -> list[_Item]:
+    def _gather(self, first: Item) -> list[Item]:
         """A batch of this image and of what waits behind it."""
         batch = [first]
         # leave something for the other workers: two half batches end sooner than one whole
@@ -311,7 +261,7 @@ class Scheduler:
             batch.append(item)
         return batch
 
-    def _process(self, batch: list[_Item], alone: bool, untold: list[_Answered]) -> None:
+    def _process(self, batch: list[Item], alone: bool, untold: list[Answered]) -> None:
         """Decodes and infers a batch, and tells those of the batch before what came out.
 
         They are told when this batch is ready for the model: the event loop then has the interpreter to itself while the model
@@ -338,7 +288,7 @@ class Scheduler:
             # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
             self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
 
-    def _tell(self, answered: list[_Answered]) -> None:
+    def _tell(self, answered: list[Answered]) -> None:
         """Resolves what waits for these, and empties the list."""
         for items, outcomes in answered:
             for item, outcome in zip(items, outcomes, strict=True):
@@ -347,7 +297,7 @@ class Scheduler:
             self._on_batch(outcomes)
         answered.clear()
 
-    def _decode(self, item: _Item, announce: _Announce) -> bool:
+    def _decode(self, item: Item, announce: Announce) -> bool:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         item.timing.queue_s = begin - item.timing.submitted
         # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
@@ -374,7 +324,7 @@ class Scheduler:
     def _still_busy(self) -> None:
         self._busy_since[threading.get_ident()] = time.monotonic()
 
-    def _infer(self, group: list[_Item], explain: bool, alone: bool) -> list[_Answered]:
+    def _infer(self, group: list[Item], explain: bool, alone: bool) -> list[Answered]:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
@@ -400,7 +350,7 @@ class Scheduler:
             outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
         return [(group, outcomes)]
 
-    def _is_wanted(self, item: _Item, ready_by: float = -math.inf) -> bool:
+    def _is_wanted(self, item: Item, ready_by: float = -math.inf) -> bool:
         """Drops who has left, refuses who would have it too late; False if nobody remains and nothing is to be done."""
         with self._admission:
             late = [asker for asker in item.askers if asker.deadline < ready_by]
@@ -416,7 +366,7 @@ class Scheduler:
                 asker.future.set_exception(error)
         return bool(item.askers)
 
-    def _close(self, item: _Item) -> list[Future[Outcome]]:
+    def _close(self, item: Item) -> list[Future[Outcome]]:
         """Lets nobody join any more; the futures of those who still wait, which are to be resolved now."""
         with self._admission:
             if item.key is not None:
@@ -424,7 +374,7 @@ class Scheduler:
             askers, item.askers = item.askers, []
         return [asker.future for asker in askers if asker.future.set_running_or_notify_cancel()]
 
-    def _fail(self, item: _Item, error: Exception) -> None:
+    def _fail(self, item: Item, error: Exception) -> None:
         if isinstance(error, ServiceError):
             error.timing = item.timing
             error.forget_origin()

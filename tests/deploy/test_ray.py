@@ -72,6 +72,12 @@ def compute(output: Path, job: JobDescription, service: Service) -> dict[int, ob
     return results
 
 
+def write_images(folder: Path, samples) -> None:
+    folder.mkdir()
+    for i, sample in enumerate(samples):
+        (folder / f"{i:02}.webp").write_bytes(sample.data)
+
+
 def folder_job(folder: Path, service: Service, **changes: object) -> JobDescription:
     values = {"format": "images", "image_column": "image", "id_column": None, "shard_size": 4, "model_sha256": service.sha256}
     return JobDescription(input=str(folder), **(values | changes))
@@ -105,9 +111,7 @@ def test_every_file_of_a_folder_is_classified_or_rejected_with_its_reason(servic
 
 def test_a_second_run_computes_only_what_is_missing_damaged_or_could_not_be_read(service, samples, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    for i, sample in enumerate(samples[:16]):
-        (folder / f"{i:02}.webp").write_bytes(sample.data)
+    write_images(folder, samples[:16])
     job = folder_job(folder, service)
     compute(output, job, service)
     (output / "classified" / "shard-000001.parquet").write_bytes(b"PAR1")
@@ -120,9 +124,7 @@ def test_a_second_run_computes_only_what_is_missing_damaged_or_could_not_be_read
 
 def test_results_of_another_listing_of_the_input_do_not_count(service, samples, tmp_path):
     folder, output = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    for i, sample in enumerate(samples[:8]):
-        (folder / f"{i:02}.webp").write_bytes(sample.data)
+    write_images(folder, samples[:8])
     job = folder_job(folder, service)
     assert set(compute(output, job, service)) == {0, 1}
     (folder / "00a.webp").write_bytes(samples[8].data)

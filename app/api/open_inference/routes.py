@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -68,8 +68,6 @@ def _service(request: Request) -> Service:
     return service
 
 
-T = TypeVar("T")
-
 _SMALL = 256 * 1024
 """Bytes of JSON that are read in less time than a thread would be told to."""
 
@@ -100,7 +98,7 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
         header_length = _header_length(request.headers, len(body))
         parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
         json_bytes = len(body) if header_length is None else header_length
-        call = await (_at_once if json_bytes < _SMALL else run_in_threadpool)(parse, body, header_length)
+        call = parse(body, header_length) if json_bytes < _SMALL else await run_in_threadpool(parse, body, header_length)
         default_s = deadline_ms(asked_ms, settings) / 1000
         deadline_s = min(call.timeout_s, settings.max_deadline_ms / 1000) if call.timeout_s else default_s
         results = await infer(request, call.images, explain=call.explain, deadline_s=deadline_s, begin=exchange.begin)
@@ -109,7 +107,8 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
     output_begin = time.monotonic()
     accepted = request.headers.get("accept-encoding", "")
     # class maps are megabytes of numbers: written and compressed in the loop they would hold up everybody
-    answer, coding, length = await (run_in_threadpool if call.explain else _at_once)(_write, call, outcomes, metadata, accepted)
+    write = functools.partial(_write, call, outcomes, metadata, accepted)
+    answer, coding, length = await run_in_threadpool(write) if call.explain else write()
     headers = {} if length is None else {_HEADER_LENGTH: str(length)}
     if coding:
         headers["Content-Encoding"] = coding
@@ -129,11 +128,6 @@ def _write(
     answer, length = tensors.build_answer(call, outcomes, metadata)
     answer, coding = compress(answer, accepted)
     return answer, coding, length
-
-
-async def _at_once(function: Callable[..., T], *arguments: Any) -> T:
-    """As `run_in_threadpool`, for what takes less time than the way there."""
-    return function(*arguments)
 
 
 @router.get("", summary="What this server is")
