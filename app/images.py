@@ -54,7 +54,7 @@ _MOST_MARKERS = 10_000
 """Of a JPEG. One of 32 MiB that is nothing but an ICC profile has 500."""
 
 _MOST_EXIF = 128 * 1024
-"""Two of JPEG's segments. Camera's are shorter than one."""
+"""In a JPEG: two segments. What cameras write is shorter than one."""
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 _JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf", b"\xc2\xc6\xca\xce"
@@ -223,7 +223,7 @@ def _check_jpeg(data: bytes) -> None:
     """Walks the markers, as libjpeg will.
 
     Raises:
-        UndecodableImage: too many scans, or too long an EXIF block, all of whose numbers Pillow makes objects of.
+        UndecodableImage: too many scans or segments, or too long an EXIF block: Pillow makes an object of each of its numbers.
     """
     position, scans, exif_bytes, components, progressive = 2, 0, 0, 0, False
     for _ in range(_MOST_MARKERS):

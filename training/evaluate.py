@@ -52,11 +52,12 @@ def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device:
         raise DataError(f"the data has classes {data.classes}, the checkpoint {description['classes']}")
     config = TrainConfig.from_dict(description["training"]["config"])
     logits = compute_logits(model, data, config, torch.device(device), progress=True)
+    fingerprint = data.fingerprint()
     report = {
         "checkpoint": checkpoint_path.name,
         "checkpoint_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
-        "data_sha256": data.fingerprint(),
-        "trained_with": data.fingerprint() == description["training"]["data_sha256"],
+        "data_sha256": fingerprint,
+        "trained_with": fingerprint == description["training"]["data_sha256"],
         **score(logits, data.labels, data.classes, description["calibration"]["temperature"]),
     }
     output.write_text(json.dumps(report, indent=2) + "\n")
