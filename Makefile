@@ -90,5 +90,6 @@ clean:  ## Remove the environment and caches
 	@touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
+	@test -z "$(filter-out .venv/.serve-cpu,$(wildcard .venv/.serve-*))" || { echo "this .venv has another onnxruntime; run 'make clean' first" >&2; exit 1; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/.serve-cpu

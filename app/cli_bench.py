@@ -65,7 +65,7 @@ def bench(
     variants = max(1, min(_VARIANTS, _VARIANT_BYTES // sum(map(len, bodies))))
     different = [body + number.to_bytes(2, "big") for number in range(variants) for body in bodies]
     requests = [
-        prepare(body, "application/octet-stream", "", api_key=api_key, host=host, prefix=server.prefix) for body in different
+        prepare(body, "application/octet-stream", [], api_key=api_key, host=host, prefix=server.prefix) for body in different
     ]
     if not as_json:
         _print_head(url, model, bodies)

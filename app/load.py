@@ -47,13 +47,20 @@ class Request:
 
     Attributes:
         wire: head and body.
-        expected: a part of every right answer, e.g. the label that the model gives in process.
-        images: images in it.
+        expected: parts of every right answer, in their order: of each image the label that the model gives in process.
     """
 
     wire: bytes
-    expected: bytes
-    images: int = 1
+    expected: list[bytes]
+
+    def is_answered_by(self, body: bytes) -> bool:
+        """Whether an answer has all that is expected."""
+        at = 0
+        for part in self.expected:
+            at = body.find(part, at) + 1
+            if not at:
+                return False
+        return True
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Tally:
     Attributes:
         sent: requests written.
         right: seconds from writing to the answer, of right answers.
-        failed: the same of other statuses, by status; 200 if the answer does not contain what was expected.
+        failed: the same of other statuses, by status; 200 if the answer is not the expected one.
         lost: connections that were refused, or ended without the answer.
         unanswered: requests without an answer when the measurement ended.
         seconds: length of the measurement.
@@ -97,9 +104,8 @@ class Tally:
 def prepare(
     body: bytes,
     content_type: str,
-    expected: str,
+    labels: list[str],
     *,
-    images: int = 1,
     deadline_ms: int | None = None,
     api_key: str | None = None,
     host: str = "bench",
@@ -110,8 +116,7 @@ def prepare(
     Args:
         body: as sent.
         content_type: of it.
-        expected: label in a right answer; empty: any.
-        images: in the body.
+        labels: of a right answer, one an image; empty: any.
         deadline_ms: for `X-Deadline-Ms`.
         api_key: if the service asks for one.
         host: for the header.
@@ -123,7 +128,9 @@ def prepare(
         f"POST {prefix}/classify HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\n"
         f"{optional}Content-Length: {len(body)}\r\n\r\n"
     )
-    return Request(head.encode() + body, f'"label":"{expected}"'.encode() if expected else b'"label":', images)
+    # the classes that are ranked behind it have labels, too, but no confidence
+    expected = [f'"label":"{label}","confidence":'.encode() for label in labels] or [b'"confidence":']
+    return Request(head.encode() + body, expected)
 
 
 class _Connection(asyncio.Protocol):
@@ -156,7 +163,7 @@ class _Connection(asyncio.Protocol):
             return
         elapsed = time.perf_counter() - self.begin
         status = int(head[_STATUS]) if head[_STATUS].isdigit() else 0
-        if status == 200 and self.request and self.request.expected in body:
+        if status == 200 and self.request and self.request.is_answered_by(body):
             self.tally.right.append(elapsed)
         else:
             self.tally.failed.setdefault(status, []).append(elapsed)

@@ -67,6 +67,7 @@ class _Server(uvicorn.Server):
     """Ends what passed its deadline, twice a second: cheaper than a timer for each request. Leaves late, if asked to."""
 
     _leave_at: float | None = None
+    _failed_ticks = 0
     _parent = os.getppid()
 
     async def on_tick(self, counter: int) -> bool:
@@ -104,7 +105,10 @@ class _Server(uvicorn.Server):
 
     def _answer_to_parent(self, service: Service) -> None:
         """Makes room for a sound process if the engine has failed, and leaves if nobody is there to do so."""
-        if reason := service.scheduler.failure():
+        reason = service.scheduler.failure()
+        # seen twice: a worker that was stopped together with the whole machine goes on in between
+        self._failed_ticks = self._failed_ticks + 1 if reason else 0
+        if self._failed_ticks > 1:
             logger.critical("%s; this process ends and is replaced", reason)
             logging.shutdown()  # or that line would be lost
             os._exit(ENGINE_FAILURE)  # threads that hang would keep any other end waiting

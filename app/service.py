@@ -63,6 +63,7 @@ class Service:
             max_batch=self.calibration.max_batch,
             max_queue=settings.max_queue,
             coalesce=settings.coalesce,
+            image_s=self.calibration.image_s,
             on_batch=self.metrics.observe_batch,
         )
         self.metrics.publish(self)

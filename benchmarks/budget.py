@@ -80,7 +80,7 @@ async def measure() -> dict[str, float]:
     real: Scheduler = service.scheduler
     service.scheduler = cast("Scheduler", Answering())
     protocol, transport = _connect(service)
-    wire = prepare(body, "image/webp", "").wire
+    wire = prepare(body, "image/webp", []).wire
 
     def answer() -> None:
         protocol.data_received(wire)

@@ -39,7 +39,7 @@ def main() -> None:
     paths = list(itertools.islice(itertools.cycle(found), options.images))
     bodies = [Path(path).read_bytes() for path in found[:1000]]
     limit = Limit(bodies, available_cores())
-    server = Server.start(prepare(bodies[0], "application/octet-stream", limit.label(bodies[0])))
+    server = Server.start(prepare(bodies[0], "application/octet-stream", [limit.label(bodies[0])]))
     url = f"http://127.0.0.1:{server.port}"
     rates: dict[str, list[float]] = {}
     memory_mib: dict[str, float] = {}

@@ -125,7 +125,7 @@ def main() -> None:
     ours = sorted(os.sched_getaffinity(0))
     workers = max(1, available_cores() // 2)
     limit = Limit(bodies, workers)
-    requests = [prepare(body, "image/webp", limit.label(body)) for body in bodies]
+    requests = [prepare(body, "image/webp", [limit.label(body)]) for body in bodies]
     server = Server.start(requests[0], set(ours[:workers]))
     os.sched_setaffinity(0, ours[workers:] or ours)  # for the clients' processes
     metadata = limit.session.metadata
@@ -138,6 +138,10 @@ def main() -> None:
             for utilisation, rows in times.items():
                 rate = utilisation * found[-1].capacity
                 tally = open_loop(server.port, requests, rate, options.seconds, at_random=True)
+                if len(tally.right) < tally.sent or tally.unanswered:
+                    raise RuntimeError(
+                        f"{len(tally.right)} of {tally.sent} requests were answered; run it when nothing else runs"
+                    )
                 rows.append(
                     [float(np.quantile(took, q)) for q in _QUANTILES for took in (simulate(rate, found[-1]), tally.right)]
                 )

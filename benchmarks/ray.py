@@ -79,7 +79,7 @@ def run_job(source: Path, output: Path, victim: Any = None) -> dict[str, float]:
 
 def compare_servers(limit: Limit, seconds: float, rounds: int) -> dict[str, list[float]]:
     """Requests a second at 8 clients, in turn."""
-    requests = [prepare(body, "image/webp", limit.label(body)) for body in limit.bodies]
+    requests = [prepare(body, "image/webp", [limit.label(body)]) for body in limit.bodies]
     config = (REPOSITORY / "deploy" / "ray" / "serve_config.yaml").read_text().replace("port: 8000", f"port: {SERVE_PORT}")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(

@@ -4,8 +4,9 @@
 
 Two limits, measured in this process, decoding included: one image after another on every core (what a lone client could
 get), and as many threads as cores, each with its own image (what many clients could share). Rounds alternate limits and
-server, so a noisy neighbour hits both; medians and ranges are printed. Then requests of many images, overload (requests
-at a steady rate of 2 and 10 times the measured capacity, each with a deadline of 250 ms), start, and memory.
+server, so a noisy neighbour hits both; medians and ranges are printed, of images a second and of the ratio in each round. Then
+requests of many images, overload (requests at a steady rate of 2 and 10 times the capacity right before, each with a deadline of
+250 ms; what is answered in time, as a share of the capacity right before and after), start, and memory.
 
 Clients run in a process of their own on the same cores, so the server's figures are a lower bound. Every answer's label
 is compared with the one given in process.
@@ -135,7 +136,7 @@ def main() -> None:
     cores = available_cores()
     limit = Limit(bodies, cores)
     labels = [limit.label(body) for body in bodies]
-    single = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
+    single = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
     server = Server.start(single[0])
     print(f"{processor()}, {cores} cores; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
     rates: dict[str, list[float]] = {}
@@ -150,7 +151,7 @@ def main() -> None:
         _require_right(tally)
         if requests is single:
             p99_ms.setdefault(clients, []).append(float(np.percentile(tally.right, 99)) * 1000)
-        return len(tally.right) * requests[0].images / tally.seconds
+        return len(tally.right) * len(requests[0].expected) / tally.seconds
 
     try:
         closed_loop(server.port, single, 8, 1)
@@ -161,8 +162,11 @@ def main() -> None:
                 record(_name(clients), lambda clients=clients: over_http(single, clients))  # type: ignore[misc]
             for kind, many in _requests_of_many(bodies, labels).items():
                 record(f"HTTP, {MANY_IMAGES} images a request, {kind}", lambda many=many: over_http(many, 2))  # type: ignore[misc]
-        capacity = max(statistics.median(rates[_name(clients)]) for clients in CLIENTS)
-        overload = [_measure_overload(server.port, bodies, labels, capacity, factor, options.seconds) for factor in OVERLOADS]
+        overload = [
+            _measure_overload(server.port, bodies, labels, factor, options.seconds)
+            for _ in range(options.rounds)
+            for factor in OVERLOADS
+        ]
         memory_mib = server.memory_mib()
     finally:
         server.stop()
@@ -197,26 +201,32 @@ def _requests_of_many(bodies: list[bytes], labels: list[str]) -> dict[str, list[
     )
     encoded = json.dumps({"images": [base64.b64encode(body).decode() for body in chosen]}).encode()
     return {
-        "multipart": [prepare(parts + b"--bench--\r\n", "multipart/form-data; boundary=bench", labels[0], images=MANY_IMAGES)],
-        "JSON": [prepare(encoded, "application/json", labels[0], images=MANY_IMAGES)],
+        "multipart": [prepare(parts + b"--bench--\r\n", "multipart/form-data; boundary=bench", labels[:MANY_IMAGES])],
+        "JSON": [prepare(encoded, "application/json", labels[:MANY_IMAGES])],
     }
 
 
-def _measure_overload(
-    port: int, bodies: list[bytes], labels: list[str], capacity: float, factor: float, seconds: float
-) -> dict[str, Any]:
-    requests = [prepare(body, "image/webp", label, deadline_ms=DEADLINE_MS) for body, label in zip(bodies, labels, strict=True)]
-    tally = open_loop(port, requests, factor * capacity, max(seconds, 5))
+def _measure_overload(port: int, bodies: list[bytes], labels: list[str], factor: float, seconds: float) -> dict[str, Any]:
+    patient = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
+
+    def capacity() -> float:
+        tally = closed_loop(port, patient, 32, seconds / 2)
+        return len(tally.right) / tally.seconds
+
+    requests = [prepare(body, "image/webp", [label], deadline_ms=DEADLINE_MS) for body, label in zip(bodies, labels, strict=True)]
+    before = capacity()
+    tally = open_loop(port, requests, factor * before, max(seconds, 5))
+    after = capacity()
     _require_right(tally)
     in_time = sum(latency <= DEADLINE_MS / 1000 for latency in tally.right)
     return {
         "factor": factor,
         "sent_s": tally.sent / tally.seconds,
-        "goodput": in_time / tally.seconds / capacity,
+        "goodput": in_time / tally.answered_s / ((before + after) / 2),
         "refused": len(tally.refused),
         "late": tally.late,
-        "refusal_p50_ms": float(np.median(tally.refused)) * 1000 if tally.refused else None,
-        "refusal_p99_ms": float(np.percentile(tally.refused, 99)) * 1000 if tally.refused else None,
+        "refusal_p50_ms": float(np.median(tally.refused or np.nan)) * 1000,
+        "refusal_p99_ms": float(np.percentile(tally.refused or np.nan, 99)) * 1000,
         "accounted": len(tally.right) + len(tally.refused) + tally.late == tally.sent,
     }
 
@@ -230,24 +240,29 @@ def _name(clients: int) -> str:
     return f"HTTP, {clients} client{'s' if clients > 1 else ''}"
 
 
-def _limit_of(name: str, medians: dict[str, float]) -> float:
-    return medians["in process, one by one on every core" if name == _name(1) else "in process, one a core"]
+def _ratios(name: str, rates: dict[str, list[float]]) -> list[float]:
+    """Of the limit, in each round."""
+    limit = rates["in process, one by one on every core" if name == _name(1) else "in process, one a core"]
+    return [rate / most for rate, most in zip(rates[name], limit, strict=True)]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def _print(results: dict[str, Any]) -> None:
-    medians = {name: statistics.median(values) for name, values in results["images_s"].items()}
-    for name, values in results["images_s"].items():
-        share = "" if name.startswith("in process") else f"   {medians[name] / _limit_of(name, medians):5.2f} of the limit"
-        print(f"{name:40} {medians[name]:8.0f} images/s ({min(values):.0f}-{max(values):.0f}){share}")
+    rates = results["images_s"]
+    for name, values in rates.items():
+        share = "" if name.startswith("in process") else f"{_spread(_ratios(name, rates), 2)} of the limit"
+        print(f"{name:40} {_spread(values, 0):>16} images/s   {share}")
     for clients, values in results["p99_ms"].items():
         print(f"p99 at {clients:3} clients {statistics.median(values):8.1f} ms")
-    for row in results["overload"]:
-        refusals = (
-            f"refused in {row['refusal_p50_ms']:.1f} ms (p99 {row['refusal_p99_ms']:.1f})" if row["refused"] else "none refused"
-        )
+    for factor in OVERLOADS:
+        rows = [row for row in results["overload"] if row["factor"] == factor]
+        median, p99 = (statistics.median(row[name] for row in rows) for name in ("refusal_p50_ms", "refusal_p99_ms"))
         print(
-            f"{row['factor']:2} x capacity: {row['goodput']:.2f} of it answered within {DEADLINE_MS} ms, "
-            f"{refusals}, {row['late']} late"
+            f"{factor:2} x capacity: {_spread([row['goodput'] for row in rows], 2)} of it answered within {DEADLINE_MS} ms, "
+            f"refused in {median:.1f} ms (p99 {p99:.1f}), {sum(row['late'] for row in rows)} late"
         )
     print(f"memory {results['memory_mib']:.0f} MiB; start to first right answer {statistics.median(results['start_s']):.2f} s")
 

@@ -178,14 +178,23 @@ class Mutator:
         return b"\r\n" + self.damage(head + b"\r\n\r\n") + body  # an empty line before a request is allowed (RFC 9112, 2.2)
 
 
+def _head_is_whole(wire: bytes) -> bool:
+    return wire.startswith((b"POST /classify", b"POST /v2/"))
+
+
 async def _attack(port: int, next_input: Callable[[], bytes | None], tally: Counter[str], slow: list[float]) -> None:
+    def closed(wire: bytes) -> None:
+        if _head_is_whole(wire):
+            _keep(wire, "closed")
+        tally["hung up on" if _head_is_whole(wire) else "closed without an answer"] += 1
+
     while (wire := next_input()) is not None:
         begin = now()
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(wire)
-                if not wire.startswith((b"POST /classify", b"POST /v2/")):
+                if not _head_is_whole(wire):
                     writer.write_eof()  # the head is damaged: the server may still wait for the rest of it
                 status, _, body = await asyncio.wait_for(read_answer(reader), 30)
                 if status and status not in _ALLOWED:
@@ -193,13 +202,15 @@ async def _attack(port: int, next_input: Callable[[], bytes | None], tally: Coun
                     _keep(wire, str(status))
                 if status:
                     json.loads(body)
-                tally["answered" if status else "closed without an answer"] += 1
+                    tally["answered"] += 1
+                else:
+                    closed(wire)
             finally:
                 writer.close()
         except TimeoutError:  # an OSError too
             tally["hung"] += 1
         except (OSError, asyncio.IncompleteReadError):
-            tally["closed without an answer"] += 1
+            closed(wire)
         elapsed = now() - begin
         if elapsed > LIMIT_S:
             slow.append(elapsed)
@@ -275,10 +286,10 @@ def fuzz(inputs: int, folder: Path | None = None, seed: int = 0) -> Finding:
         asyncio.run(attack(server.port))
         seconds = now() - begin
         code = server.stop()
-    bad = {name: count for name, count in tally.items() if name.startswith(("status", "hung"))}
+    bad = {name: count for name, count in tally.items() if name.startswith(("status", "hung"))}  # "hung up on", too
     figure = (
         f"{inputs:,} inputs from {len(corpus)} seeds in {seconds:.0f} s: {tally['answered']:,} answered, "
-        f"{tally['closed without an answer']:,} closed; bad answers: {bad or 0}; over {LIMIT_S:g} s: {len(slow)}; "
-        f"tracebacks in the log: {server.log.count('Traceback')}; exit code {code}"
+        f"{tally['closed without an answer']:,} of those with a damaged head closed; bad answers: {bad or 0}; "
+        f"over {LIMIT_S:g} s: {len(slow)}; tracebacks in the log: {server.log.count('Traceback')}; exit code {code}"
     )
     return Finding("Any bytes get a clean answer", figure, not bad and not slow and not code and "Traceback" not in server.log)

@@ -111,7 +111,7 @@ def rolling(seconds: float, replicas: int = 2) -> Finding:
     try:
         bodies = [*pictures(), *(_large(body) for body in pictures()[::20])]
         labels = expected_labels(cluster.port, bodies)
-        requests = [prepare(body, "application/octet-stream", label) for body, label in zip(bodies, labels, strict=True)]
+        requests = [prepare(body, "application/octet-stream", [label]) for body, label in zip(bodies, labels, strict=True)]
         codes = list[int]()
         with ThreadPoolExecutor(1) as pool:
             load = pool.submit(closed_loop, cluster.port, requests, CLIENTS, seconds)

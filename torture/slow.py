@@ -95,7 +95,8 @@ def slow_clients(seconds: int) -> list[Finding]:
                     f"{CONNECTIONS} connections for {seconds} s (at most {watch.most_open} open at once): {share:.2%} of "
                     f"{len(watch.latencies)} requests answered, p99 {watch.p99_ms:.0f} ms ({usual.p99_ms:.0f} without the "
                     f"attack); the last cut off after {watch.crowded_s:.0f} s (its deadline: {LAST_CUT_S:.0f})",
-                    share >= 0.999
+                    watch.most_open > 0.8 * CONNECTIONS
+                    and share >= 0.999
                     and watch.p99_ms <= max(1.5 * usual.p99_ms, usual.p99_ms + 20)
                     and watch.crowded_s <= LAST_CUT_S + 3,
                 ),

@@ -104,9 +104,7 @@ def target(cores: set[int] | None = None, **settings: object) -> Iterator[Target
         server.stop()
 
 
-def post(
-    body: bytes, content_type: str, *headers: str, path: str = "/classify", declared: int | None = None, close: bool = False
-) -> bytes:
+def post(body: bytes, content_type: str, *headers: str, path: str = "/classify", close: bool = False) -> bytes:
     """A POST as bytes.
 
     Args:
@@ -114,11 +112,10 @@ def post(
         content_type: of the body.
         *headers: more header lines.
         path: with the query.
-        declared: Content-Length, if not the true one.
         close: whether the server shall close afterwards.
     """
     lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Type: {content_type}", *headers]
-    lines.append(f"Content-Length: {len(body) if declared is None else declared}")
+    lines.append(f"Content-Length: {len(body)}")
     if close:
         lines.append("Connection: close")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -135,6 +132,13 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bytes]:
         raise RuntimeError(f"no HTTP: {head[:100]!r}")
     body = await reader.readexactly(int(length[1])) if length else b""
     return int(found[1]), head, body
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether a status line, headers and as many bytes as they announce are there."""
+    head, found, body = answer.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head)
+    return bool(found and length and len(body) == int(length[1]))
 
 
 def top_class(body: bytes) -> Any:

@@ -293,6 +293,24 @@ PRESETS: dict[str, Preset] = {
         cost="86 minutes on two Zen 3 cores, float32, beside other work (74 images a second)",
         result="91.47 % on the test set, one run; the mean of its weights and those it grew from: 92.07 % (docs/training.md)",
     ),
+    "cpu-5": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, erase=0.25),
+            start_size=24,
+            epochs=38,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.006,
+            muon_lr=0.006,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+        ),
+        source="ours: a fifth, long cycle on a CPU with bf16, begun with `releases/wide`, its kernels grown from 5 to 7 (--init)",
+        cost="not known yet",
+        result="not known yet",
+    ),
     "small": Preset(
         TrainConfig(
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),

@@ -41,7 +41,9 @@ def use_fused_blocks(model: ConvMixer) -> bool:
     """
     config = model.config
     written = (config.residual, config.norm, config.activation) == ("spatial", "batchnorm", "gelu")
-    if not written or config.kernel_size % 2 == 0 or config.hidden_dim % VECTOR or not available(config.kernel_size):
+    if not written or config.kernel_size % 2 == 0 or config.hidden_dim % VECTOR:
+        return False
+    if not available(config.kernel_size, config.hidden_dim):
         return False
     keep_freed_memory()
     model.stem.__class__ = _FusedPatchEmbedding

@@ -1,7 +1,7 @@
 // One ConvMixer block's training step, but for its matrix products, in few passes over memory (training/fused.py).
 //
 // Feature maps are channels_last: [images, height, width, channels], in float32 or bf16; all arithmetic is float32.
-// Compiled for one kernel size, KERNEL. Every sum is made per image, in a fixed order, by one thread, so results do not
+// Compiled for one kernel size, KERNEL, and one width of vectors, LANES. Every sum is made per image, in a fixed order, by one thread, so results do not
 // depend on who was faster.
 
 #include <algorithm>

@@ -16,21 +16,27 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 VECTOR = 8
-"""Channels that the kernels take together; they have no code for a remainder."""
+"""A network's channels must be a multiple of it: the kernels have no code for a remainder."""
 
 
-def available(kernel_size: int) -> bool:
-    """Whether the kernels for depthwise convolutions of this odd size can be made here."""
-    return shutil.which("c++") is not None and _library(kernel_size) is not None
+def available(kernel_size: int, channels: int) -> bool:
+    """Whether the kernels for depthwise convolutions of this odd size and that many channels can be made here."""
+    return shutil.which("c++") is not None and _library(kernel_size, _lanes(channels)) is not None
+
+
+def _lanes(channels: int) -> int:
+    """Channels taken together: as many floats as a register of this processor holds, if they divide the channels."""
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and channels % 16 == 0 else VECTOR
 
 
 @functools.cache
-def _library(kernel_size: int) -> ctypes.CDLL | None:
+def _library(kernel_size: int, lanes: int) -> ctypes.CDLL | None:
     """Compiled anew by every process, in a second or two: a file kept for later might meet another processor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.so")
-        command = ["c++", "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DKERNEL={kernel_size}"]
-        done = subprocess.run([*command, SOURCE, "-o", path], capture_output=True, text=True, check=False)  # noqa: S603
+        command = ["c++", "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        sizes = [f"-DKERNEL={kernel_size}", f"-DLANES={lanes}"]
+        done = subprocess.run([*command, *sizes, SOURCE, "-o", path], capture_output=True, text=True, check=False)  # noqa: S603
         if done.returncode:
             print(f"{SOURCE.name} could not be compiled; the library's kernels are used:\n{done.stderr}", file=sys.stderr)
             return None
@@ -67,7 +73,7 @@ class Kernels:
         self.positions = height * width
         self._like = like
         self._shape = _Shape(images, height, width, channels, torch.get_num_threads())
-        self._library = _library(kernel_size)
+        self._library = _library(kernel_size, _lanes(channels))
 
     def __call__(self, name: str, *tensors: Tensor | None) -> None:
         """Calls a kernel: maps are in channels_last, all else is float32 and contiguous."""

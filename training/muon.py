@@ -3,7 +3,7 @@
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon, 2024):
 a matrix does not follow its momentum but the nearest matrix whose singular values are all one, so that directions in
 which gradients are small are learnt as fast as the others. `torch.optim.Muon` does this in bf16 alone, which a CPU
-without it emulates at a fortieth of the speed, and takes no convolution; hence our own.
+without it emulates at a fortieth of the speed, and takes no convolution; hence our own, which uses bf16 where training does.
 """
 
 from __future__ import annotations
@@ -32,15 +32,23 @@ class Muon(torch.optim.AdamW):
         matrices: those of them that Muon moves, [out, in] or [out, in, 1, 1].
         ratio: their learning rate, in multiples of the others'.
         momentum: of Muon, with Nesterov's correction.
+        dtype: in which updates are orthogonalised; the authors use bfloat16.
         **adamw: arguments of `torch.optim.AdamW`; `weight_decay` counts for both.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], matrices: Iterable[Tensor], *, ratio: float, momentum: float, **adamw: Any
+        self,
+        parameters: Iterable[Tensor],
+        matrices: Iterable[Tensor],
+        *,
+        ratio: float,
+        momentum: float,
+        dtype: torch.dtype = torch.float32,
+        **adamw: Any,
     ) -> None:
         super().__init__(parameters, **adamw)
         self._step_supports_amp_scaling = False  # fused AdamW looks after scaled and infinite gradients of its own alone
-        self.matrices, self.ratio, self.momentum = list(matrices), ratio, momentum
+        self.matrices, self.ratio, self.momentum, self.dtype = list(matrices), ratio, momentum, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -64,28 +72,30 @@ class Muon(torch.optim.AdamW):
             alike[matrix.shape].append((matrix, matrix.grad.lerp(average, self.momentum).flatten(1)))
             matrix.grad = None  # AdamW passes over what has none
         for shape, pairs in alike.items():
-            for (matrix, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs])), strict=True):
+            updates = orthogonalize(torch.stack([u for _, u in pairs]), self.dtype)
+            for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - rate * group["weight_decay"])
                 matrix.add_(update.view_as(matrix), alpha=-rate * _RMS_OF_ADAM * math.sqrt(max(shape)))
         super().step()
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same singular vectors with singular values of about 1.
 
     Args:
-        matrices: float [B, m, n].
+        matrices: float32 [B, m, n].
+        dtype: of the iteration.
 
     Returns:
-        float [B, m, n].
+        float32 [B, m, n].
     """
     a, b, c = _NEWTON_SCHULZ
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    x: Tensor = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    x: Tensor = (wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if wide is not matrices else x
+    return (x.mT if wide is not matrices else x).float()
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:

@@ -96,7 +96,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     torch.manual_seed(config.seed)
     model = build_network(config.model).to(device).to(memory_format=torch.channels_last)
     ema = MovingAverage(model, config.ema_decay)
-    optimizer = _build_optimizer(config, model)
+    optimizer = _build_optimizer(config, model, runtime.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     augment = Augmentation(config, len(data.classes), device)
     distill = Distillation(teacher, config, data.classes, device) if teacher else None
@@ -233,12 +233,13 @@ def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
     return max(config.start_size, min(config.image_size, round(size / 4) * 4))
 
 
-def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _build_optimizer(config: TrainConfig, model: nn.Module, precision: str) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     settings: dict[str, Any] = {"lr": config.lr, "eps": config.adam_eps, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "muon":
-        ratio = config.muon_lr / config.lr
-        return Muon(parameters, hidden_matrices(model), ratio=ratio, momentum=config.muon_momentum, **settings)
+        settings |= {"ratio": config.muon_lr / config.lr, "momentum": config.muon_momentum}
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return Muon(parameters, hidden_matrices(model), dtype=dtype, **settings)
     return (torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam)(parameters, **settings)
 
 

@@ -1,11 +1,9 @@
-// Eight channels in a register: loading and storing them in float32 and bf16, and GELU of them (training/kernels.cpp).
+// LANES channels in a register, 8 or 16: loading and storing them in float32 and bf16, and GELU of them (training/kernels.cpp).
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-
-constexpr int LANES = 8;  // floats in a vector
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));

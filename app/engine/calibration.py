@@ -28,6 +28,9 @@ _AS_GOOD = 1.15
 HTTP batches of 4 gave 15 to 20 % more than single images where the model alone gave 7 %.) And batches form only of images that
 would have waited anyway."""
 
+_LONGEST_BATCH_MS = 1000
+"""Whoever comes next waits for it, and a worker busy for several seconds is taken for hung."""
+
 _CLEARLY_FASTER = 1.25
 """Fewer workers must be this much faster: a start beside other work must not halve the service for its whole life."""
 
@@ -49,6 +52,12 @@ class Calibration:
     batch_ms: dict[int, float] = field(default_factory=dict)
     images_s: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def image_s(self) -> float | None:
+        """Seconds of a worker that an image takes in the largest batch, while every worker has one; None if not measured."""
+        milliseconds = self.batch_ms.get(self.max_batch)
+        return None if milliseconds is None else milliseconds / self.max_batch / 1000
 
 
 def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int = 0) -> Calibration:
@@ -90,16 +99,26 @@ def _latency_curve(session: Session, workers: int, end: float) -> dict[int, floa
     curve: dict[int, float] = {}
     largest = _LARGEST_BATCH[session.provider]
     passes = 0
+
+    def measure(size: int) -> None:
+        batches = [np.zeros((size, side, side, 3), np.uint8)] * workers
+        if session.provider == "cuda":
+            session.infer(batches[0])  # cuDNN plans a size when it comes after another
+        begin = time.perf_counter()
+        list(threads.map(session.infer, batches))
+        curve[size] = min((time.perf_counter() - begin) * 1000, curve.get(size, math.inf))
+
+    def gets_slower(size: int) -> bool:
+        return size >= 4 and curve[size] / size > 1.2 * curve[size // 4] / (size // 4)
+
     with ThreadPoolExecutor(workers) as threads:
         while passes == 0 or time.perf_counter() < end:
             size = 1
             while size <= largest and (passes == 0 or time.perf_counter() < end):
-                batches = [np.zeros((size, side, side, 3), np.uint8)] * workers
-                begin = time.perf_counter()
-                list(threads.map(session.infer, batches))
-                milliseconds = (time.perf_counter() - begin) * 1000
-                curve[size] = min(milliseconds, curve.get(size, math.inf))
-                if size >= 4 and curve[size] / size > 1.2 * curve[size // 4] / (size // 4):
+                measure(size)
+                if gets_slower(size):
+                    measure(size)  # or one disturbance would decide
+                if gets_slower(size):
                     largest = size
                 size *= 2
             passes += 1
@@ -107,9 +126,10 @@ def _latency_curve(session: Session, workers: int, end: float) -> dict[int, floa
 
 
 def _best_batch(batch_ms: dict[int, float]) -> int:
-    """The largest that is as good as the best."""
-    least = min(ms / size for size, ms in batch_ms.items())
-    return max(size for size, ms in batch_ms.items() if ms / size <= _AS_GOOD * least)
+    """The largest that is as good as the best, and not too long."""
+    short = {size: ms for size, ms in batch_ms.items() if size == 1 or ms <= _LONGEST_BATCH_MS}
+    least = min(ms / size for size, ms in short.items())
+    return max(size for size, ms in short.items() if ms / size <= _AS_GOOD * least)
 
 
 def _best_workers(images_s: dict[int, float]) -> int:

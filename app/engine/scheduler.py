@@ -11,6 +11,7 @@ not. An image whose decoding or inference fails takes nobody with it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import queue
@@ -36,6 +37,9 @@ than that makes nothing faster."""
 _COALESCED_BYTES = 64 * 1024
 """Larger images are not compared: they rarely come twice at once, and the event loop would have to read all of each."""
 
+_LARGE_BYTES = 256 * 1024
+"""A larger file, whose decoding takes longer than the model, is a batch of its own: no image waits for it in company."""
+
 _HOLD_BACK_S = 0.005
 _HOLD_BACK_PIXELS = 512 * 512
 _HOLD_BACK_BYTES = 64 * 1024
@@ -60,6 +64,7 @@ class Scheduler:
         max_batch: largest batch.
         max_queue: images waiting at most.
         coalesce: compute identical images that are in flight together once.
+        image_s: seconds of a worker that an image takes, as far as that was measured.
         on_batch: called after each batch with its outcomes, for metrics; must not raise.
     """
 
@@ -73,6 +78,7 @@ class Scheduler:
         max_batch: int,
         max_queue: int,
         coalesce: bool = True,
+        image_s: float | None = None,
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
     ) -> None:
         self.session, self.rule, self.limits = session, rule, limits
@@ -86,8 +92,9 @@ class Scheduler:
         self._draining = False
         self._busy_since: dict[int, float] = {}
         self._failed_in_row = 0
-        # seconds of one worker per image, learnt from the batches; the first guess is corrected by the first of them
-        self._image_s = session.warm_up_ms / 1000 / 2
+        # seconds of one worker per image, learnt from the batches
+        self._image_s = image_s or session.warm_up_ms / 1000 / 2
+        self._odd_in_row = 0
         # thousands are asked for between two batches
         self._refused: tuple[tuple[float, ...], Overloaded | None] = ((), None)
         self._threads = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(workers)]
@@ -166,7 +173,8 @@ class Scheduler:
     def _count_new(self, keys: list[Key | None]) -> int:
         """How many of a request's images are not in flight yet, twins among themselves counted once."""
         known = {key for key in keys if key is not None}
-        return keys.count(None) + len(known - self._open.keys())
+        # `known - self._open.keys()` would look at every image in flight
+        return keys.count(None) + sum(key not in self._open for key in known)
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -239,27 +247,32 @@ class Scheduler:
                     return
                 self._tell(untold)
                 continue
-            batch = self._gather(first)
+            batches = self._gather(first)
             alone = not self._busy_since and not self.waiting()
             self._busy_since[me] = time.monotonic()
             try:
-                self._process(batch, alone, untold)
-            except Exception:  # nobody may wait for ever, and the worker must live
-                logger.exception("a batch failed outside decoding and inference")
-                while batch:
-                    self._fail(batch.pop(), InferenceFailed("the engine failed; the log has the reason"))
+                self._process_all(batches, alone, untold)
             finally:
                 del self._busy_since[me]
-            del first, batch  # no image is held while the worker waits for the next
+            del first, batches  # no image is held while the worker waits for the next
 
-    def _gather(self, first: Item) -> list[Item]:
-        """A batch of this image and of what waits behind it."""
+    def _gather(self, first: Item) -> list[list[Item]]:
+        """This image and what waits behind it: a batch, or a large file, or first the one and then the other."""
         batch = [first]
         # leave something for the other workers: two half batches end sooner than one whole
         share = math.ceil((self.waiting() + 1) / self.workers)
-        while len(batch) < min(share, self.max_batch) and (item := self._take()):
+        while not _is_large(batch[-1]) and len(batch) < min(share, self.max_batch) and (item := self._take()):
             batch.append(item)
-        return batch
+        return [batch[:-1], batch[-1:]] if len(batch) > 1 and _is_large(batch[-1]) else [batch]
+
+    def _process_all(self, batches: list[list[Item]], alone: bool, untold: list[Answered]) -> None:
+        try:
+            for number, batch in enumerate(batches):
+                self._process(batch, alone and number == 0, untold)
+        except Exception:  # nobody may wait for ever, and the worker must live
+            logger.exception("a batch failed outside decoding and inference")
+            for item in itertools.chain(*batches):
+                self._fail(item, InferenceFailed("the engine failed; the log has the reason"))
 
     def _process(self, batch: list[Item], alone: bool, untold: list[Answered]) -> None:
         """Decodes and infers a batch, and tells those of the batch before what came out.
@@ -268,13 +281,14 @@ class Scheduler:
         runs. Told before, it would keep the interpreter from a worker that has to decode, and a core would rest.
         """
         begin = time.monotonic()
+        end = begin + len(batch) * self._image_s
 
         def announce(*, large: bool) -> None:
             if large or time.monotonic() - begin > _HOLD_BACK_S:
                 self._tell(untold)
 
         # a client may leave while its image is decoded, too
-        ready = [item for item in batch if self._decode(item, announce) and self._is_wanted(item)]
+        ready = [item for item in batch if self._decode(item, announce, end) and self._is_wanted(item)]
         self._tell(untold)
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]
@@ -283,10 +297,17 @@ class Scheduler:
         # pictures that could not be decoded count if they took long: so may the next. What fails at once tells nothing
         if tried := len(ready) or sum(item.timing.decode_s > 0 for item in batch):
             seconds = (time.monotonic() - begin) / tried
-            if not ready and seconds < self._image_s:
-                return
-            # one huge picture must not have the next hundred refused, so none counts for more than twice the usual
-            self._image_s += 0.1 * (min(seconds, 2 * self._image_s) - self._image_s)
+            if ready or seconds >= self._image_s:
+                self._learn(seconds)
+
+    def _learn(self, seconds: float) -> None:
+        """What an image takes, from what those of the last batch took."""
+        usual = self._image_s
+        self._odd_in_row = self._odd_in_row + 1 if not usual / 2 <= seconds <= 2 * usual else 0
+        if self._odd_in_row > self.workers:  # no exception any more, but another load
+            self._image_s += 0.5 * (seconds - usual)
+        else:  # one huge picture must not have the next hundred refused
+            self._image_s += 0.1 * (min(seconds, 2 * usual) - usual)
 
     def _tell(self, answered: list[Answered]) -> None:
         """Resolves what waits for these, and empties the list."""
@@ -297,11 +318,12 @@ class Scheduler:
             self._on_batch(outcomes)
         answered.clear()
 
-    def _decode(self, item: Item, announce: Announce) -> bool:
+    def _decode(self, item: Item, announce: Announce, end: float) -> bool:
         begin = self._busy_since[threading.get_ident()] = time.monotonic()
         item.timing.queue_s = begin - item.timing.submitted
-        # what would be late leaves its time to the next; without a next it is tried, also to learn how long images take now
-        if not self._is_wanted(item, begin + self._image_s if self.waiting() else begin):
+        # what would be late at the end of its batch leaves its time to the next; without a next it is tried, also to learn how
+        # long images take now
+        if not self._is_wanted(item, max(begin, end) if self.waiting() else begin):
             return False
         try:
             data = item.data
@@ -333,6 +355,7 @@ class Scheduler:
                 raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
         except Exception:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
+                logger.warning("the model failed on a batch of %d images; each is tried alone", len(group), exc_info=True)
                 return [answer for item in group for answer in self._infer([item], explain, alone)]
             logger.exception("inference failed")
             self._failed_in_row += 1
@@ -380,3 +403,7 @@ class Scheduler:
             error.forget_origin()
         for future in self._close(item):
             future.set_exception(error)
+
+
+def _is_large(item: Item) -> bool:
+    return isinstance(item.data, bytes) and len(item.data) > _LARGE_BYTES

@@ -27,6 +27,7 @@ _PROVIDER_NAMES: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
+CGROUP, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _REPEATABLE: dict[Precision, float] = {"f32": 1e-4, "bf16": 0.1}
 """Most that logits of the same image may differ by from run to run: other threads sum, and round, in another order."""
 
@@ -52,7 +53,8 @@ class Session:
         model: verified model file.
         provider: `auto`, `cpu`, `cuda` or `openvino`. `auto` is CUDA if it works, else `cpu`, never `openvino`: that is
             no faster in float32 (docs/performance.md), and bf16, which rounds, is for the operator to choose.
-        precision: of what OpenVINO computes; the other providers have float32 alone.
+        precision: of what OpenVINO computes; the other providers have float32 alone (on CUDA convolutions round their inputs to
+            TF32, onnxruntime's default).
         cores: this process may use. On a CPU a batch that has the machine to itself takes them all, in a second session; 1
             keeps none.
 
@@ -81,7 +83,7 @@ class Session:
         rule = self.metadata.out_of_distribution
         self._outputs = ["logits", "similarity"] if rule and rule.score == "feature_similarity" else ["logits"]
         _check_graph(self._session, self.metadata, {*self._outputs, "class_maps"})
-        # without this the class maps would be computed, and thrown away, on every plain request
+        # without this the class maps would be computed, and thrown away, on every plain request (OpenVINO does so anyway)
         self._plain = onnxruntime.RunOptions()
         self._plain.only_execute_path_to_fetches = True
         self.warm_up_ms = self._warm_up()
@@ -137,13 +139,28 @@ class Session:
 def available_cores() -> int:
     """Cores this process may use: its CPU affinity, or the cgroup quota (rounded up) where that is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cgroup = Path("/sys/fs/cgroup")
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup v2, v1
+    for files in _quota_files():
         with suppress(OSError, ValueError):  # no such file, or no quota ("max", -1)
-            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+            quota, period = " ".join(path.read_text() for path in files).split()
             if int(quota) > 0:
                 cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
+
+
+def _quota_files() -> list[list[Path]]:
+    """Where this process's CPU quotas stand, from its own control group up to the outermost: the least of them holds."""
+    found = []
+    with suppress(OSError, ValueError):
+        for line in MEMBERSHIP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = CGROUP / "cpu" if controllers else CGROUP  # cgroup v1, v2
+            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+            own = top / path.strip("/")
+            folders = [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
+            found += [[folder / name for name in names] for folder in folders]
+    return found
 
 
 def _open(
@@ -199,10 +216,10 @@ def _create(
 
 
 def _check_graph(session: onnxruntime.InferenceSession, metadata: ArtifactMetadata, needed: set[str]) -> None:
-    inputs = [(i.name, i.type, list(i.shape[1:])) for i in session.get_inputs()]
+    inputs = [(i.name, i.type, list(i.shape[1:])) for i in session.get_inputs() if not isinstance(i.shape[0], int)]
     side = metadata.input_size
     if inputs != [("images", "tensor(uint8)", [side, side, 3])]:
-        raise StartupError(f"the model must have one input 'images', uint8 [N, {side}, {side}, 3]; it has {inputs}")
+        raise StartupError(f"the model must have one input 'images', uint8 [N, {side}, {side}, 3], for any N; it has {inputs}")
     outputs = {o.name: list(o.shape) for o in session.get_outputs()}
     classes = len(metadata.classes)
     if not needed <= set(outputs) or outputs["logits"][1] != classes or outputs["class_maps"][1] != classes:

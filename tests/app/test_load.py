@@ -8,8 +8,9 @@ import itertools
 from app.load import Server, closed_loop, open_loop, prepare, steady
 from tests.server import ScriptedServer
 
-RIGHT = (200, {}, b'{"label":"cat"}')
-REQUESTS = [prepare(b"image", "image/png", "cat", deadline_ms=7, prefix="/vision")]
+RIGHT = (200, {}, b'{"label":"cat","confidence":0.9}')
+RANKED_SECOND = (200, {}, b'{"label":"dog","confidence":0.9,"top_k":[{"label":"dog"},{"label":"cat"}]}')
+REQUESTS = [prepare(b"image", "image/png", ["cat"], deadline_ms=7, prefix="/vision")]
 
 
 def address(url: str) -> Server:
@@ -18,7 +19,7 @@ def address(url: str) -> Server:
 
 def test_a_closed_loop_connects_again_and_counts_by_status():
     """Each answer of the scripted server ends its connection; in the end it is gone altogether."""
-    server = ScriptedServer(RIGHT, (200, {}, b'{"label":"dog"}'), (503, {}, b""), (504, {}, b""), None, RIGHT)
+    server = ScriptedServer(RIGHT, RANKED_SECOND, (503, {}, b""), (504, {}, b""), None, RIGHT)
     tally = asyncio.run(closed_loop(address(server.url), REQUESTS, 1, 2.5))
     (_, head), *rest = server.finish()
     assert len(rest) == 5
@@ -42,3 +43,12 @@ def test_an_open_loop_counts_refused_connections():
 
 def test_steady_times():
     assert list(itertools.islice(steady(4), 3)) == [0.25, 0.5, 0.75]
+
+
+def test_every_image_of_a_request_must_have_its_label():
+    request = prepare(b"images", "application/json", ["cat", "dog", "cat"])
+    entries = [f'{{"label":"{label}","confidence":0.9,"top_k":[{{"label":"cat"}}]}}' for label in ("cat", "dog", "cat")]
+    assert request.is_answered_by(",".join(entries).encode())
+    assert not request.is_answered_by(",".join(entries[:2]).encode())
+    assert not request.is_answered_by(",".join([entries[1], entries[0], entries[2]]).encode())
+    assert not request.is_answered_by(",".join([entries[0], '{"error":{}}', entries[2]]).encode())

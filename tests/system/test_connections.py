@@ -337,12 +337,12 @@ def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, sampl
 
 def test_refusals_by_either_way_are_the_same_and_all_are_counted(start, samples):
     """The first on a connection is parsed and the others are not, yet a client or a metric must not see which was which."""
-    url = start(workers=1, max_batch=1, max_queue=1, max_pixels=50_000_000).wait_until_ready()
+    url = start(workers=1, max_batch=1, max_queue=1, max_pixels=100_000_000, max_side=10_000).wait_until_ready()
     buffer = io.BytesIO()
-    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")
+    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
     with ExitStack() as stack:
         metrics = stack.enter_context(httpx.Client(base_url=url))
-        # one is decoded for half a second, one waits; sent together, the second might come before the first is taken
+        # one is decoded for a second, one waits; sent together, the second might come before the first is taken
         for gauge in ("convmixer_busy_workers", "convmixer_queue_depth"):
             stack.enter_context(connect(url)).sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
             while f"{gauge} 1.0" not in metrics.get("/metrics").text:

@@ -417,7 +417,7 @@ def test_a_collector_gets_what_happened_and_when(start, collector, samples):
     assert stages["queue"].end_time_unix_nano == pytest.approx(stages["decode"].start_time_unix_nano, abs=1000)
     assert stages["decode"].end_time_unix_nano <= stages["infer"].start_time_unix_nano + 1000
     took_ms = (stages["infer"].end_time_unix_nano - stages["infer"].start_time_unix_nano) / 1e6
-    assert f"infer;dur={took_ms:.1f}"[:-1] in raw.headers["Server-Timing"]
+    assert float(re.search(r"infer;dur=([\d.]+)", raw.headers["Server-Timing"])[1]) == pytest.approx(took_ms, abs=0.02)
     assert attributes(stages["infer"])["convmixer.batch.size"] == 1
 
     assert requests[several.headers["X-Request-ID"]].trace_id.hex() == trace_id

@@ -9,6 +9,7 @@ import json
 import re
 import socket
 import struct
+import threading
 import zlib
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from starlette.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
 from app.api.open_inference.routes import EXTENSIONS
+from app.images import DecodedImage
 from app.main import create_app
 from app.settings import Settings
 from app.verdict import softmax
@@ -538,6 +540,31 @@ def test_the_documented_example_is_true(client, repository):
     said = answer["outputs"][0].pop("data")
     assert [text.split(":")[1:] for text in found["outputs"][0].pop("data")] == [text.split(":")[1:] for text in said]
     assert found == answer
+
+
+def test_a_hung_worker_is_seen_by_all_probes(monkeypatch):
+    monkeypatch.setattr("app.engine.scheduler.HANG_TIMEOUT_S", 0)
+    with TestClient(create_app(Settings(workers=1, max_batch=1))) as client:
+        scheduler = client.app_state["service"].scheduler
+        begun, end = threading.Event(), threading.Event()
+        infer = scheduler.session.infer
+
+        def hang(*arguments, **options):
+            begun.set()
+            end.wait(60)
+            return infer(*arguments, **options)
+
+        monkeypatch.setattr(scheduler.session, "infer", hang)
+        (answer,) = scheduler.submit([DecodedImage(np.zeros((32, 32, 3), np.uint8))])
+        assert begun.wait(60)
+        for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready", "/v2/models/fast/ready"):
+            response = client.get(path)
+            assert response.status_code == 503, path
+            assert "a worker has been busy" in response.text
+        end.set()
+        answer.result(60)
+        for path in ("/livez", "/readyz", "/v2/health/live"):
+            assert client.get(path).status_code == 200
 
 
 def test_a_draining_service_says_so():

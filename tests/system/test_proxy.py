@@ -100,7 +100,7 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
     """One is told to stop and replaced, then the other is killed: its requests are repeated."""
     bodies = [sample.data for sample in samples[:20]]
     labels = expected_labels(cluster.port, bodies)
-    requests = [prepare(body, "image/webp", label) for body, label in zip(bodies, labels, strict=True)]
+    requests = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(closed_loop, cluster.port, requests, 4, 8)
         assert cluster.restart(0) == 0

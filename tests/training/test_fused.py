@@ -163,5 +163,5 @@ def test_without_a_compiler_the_library_trains() -> None:
 def test_a_compiler_that_fails_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     failed = subprocess.CompletedProcess([], 1, stderr="no -march=native")
     monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: failed)
-    assert not kernels.available(111)
+    assert not kernels.available(111, 16)
     assert "no -march=native" in capsys.readouterr().err

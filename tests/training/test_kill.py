@@ -18,8 +18,10 @@ from training.config import TrainConfig
 from training.data import load_images
 
 KILLS = 10
-CONFIG = replace(TINY, epochs=12)
-STEPS = 12 * 11
+CONFIG = replace(TINY, epochs=16)
+STEPS = 16 * 11
+KILLED_WITHIN = STEPS // (KILLS + 6)
+"""Steps of a life, at most, so that those of a slow killer do not come to all."""
 
 
 def run(config: TrainConfig, output: Path) -> None:
@@ -51,7 +53,7 @@ def test_killed_ten_times_it_ends_with_the_weights_of_an_undisturbed_run(tmp_pat
         before = saved_step(output)
         process = processes.Process(target=run, args=(CONFIG, output))
         process.start()
-        target = before + chance.randint(1, STEPS // KILLS - 2)
+        target = before + chance.randint(1, KILLED_WITHIN)
         while saved_step(output) < target:
             assert process.is_alive(), "it ended before it could be killed"
         process.join(chance.uniform(0, 0.03))  # somewhere within the next steps

@@ -33,6 +33,8 @@ def test_the_largest_batch_that_is_as_good_as_the_best():
     assert _best_batch({1: 2.0, 2: 4.7, 4: 9.4}) == 1
     assert _best_batch({1: 2.0, 2: 4.1, 4: 9.1, 8: 18.6}) == 4, "a little more is no reason against it"
     assert _best_batch({1: 2.0, 2: 3.0, 4: 4.0, 8: 12.0}) == 4
+    assert _best_batch({1: 700.0, 2: 900.0, 4: 1300.0}) == 2, "who comes next waits for it"
+    assert _best_batch({1: 1500.0, 2: 2000.0}) == 1
 
 
 def test_fewer_workers_must_be_clearly_faster():

@@ -219,6 +219,50 @@ def test_pictures_that_take_long_and_fail_are_counted_in_the_predicted_wait(sess
         scheduler.submit([samples[1].data], timeout_s=0.04)
 
 
+def test_another_load_is_learnt_from_a_few_batches(session, make, samples, monkeypatch):
+    """A single slow picture must not have others refused, many must."""
+    scheduler = make()
+    hold(session, scheduler, samples[0].data)
+
+    def is_accepted_after(*seconds: float) -> bool:
+        for took in seconds:
+            scheduler._learn(took)
+        return scheduler.refusal(samples[1].data, explain=False, timeout_s=0.5) is None
+
+    monkeypatch.setattr(scheduler, "_image_s", 0.005)
+    assert is_accepted_after(0.005, 0.5)
+    assert is_accepted_after(0.005, 0.5, 0.005, 0.5, 0.005)
+    assert not is_accepted_after(0.5, 0.5, 0.5)
+    assert is_accepted_after(*[0.005] * 6)
+
+
+def test_a_large_file_keeps_no_company_waiting(session, make, samples, monkeypatch):
+    """What came with it is answered while it is decoded, and the next worker finds the next large one."""
+    scheduler = make(max_batch=8)
+    large = samples[5].data + bytes(300_000)
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def watched(data, *arguments):
+        if data is large:
+            decoding.set()
+            assert go_on.wait(TIMEOUT_S)
+        return decode_image(data, *arguments)
+
+    monkeypatch.setattr("app.engine.scheduler.decode_image", watched)
+    first = hold(session, scheduler, samples[0].data)
+    small = scheduler.submit([samples[1].data, samples[2].data])
+    (big,) = scheduler.submit([large])
+    (behind,) = scheduler.submit([samples[3].data])
+    session.gate.set()
+    assert decoding.wait(TIMEOUT_S)
+    assert first.result(TIMEOUT_S)
+    assert [future.result(TIMEOUT_S).timing.batch_size for future in small] == [2, 2]
+    assert not behind.done()
+    go_on.set()
+    assert big.result(TIMEOUT_S).timing.batch_size == 1
+    assert behind.result(TIMEOUT_S).timing.batch_size == 1
+
+
 def test_a_cancelled_image_costs_no_inference(session, make, samples):
     scheduler = make()
     hold(session, scheduler, samples[0].data)

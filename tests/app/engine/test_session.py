@@ -63,6 +63,30 @@ def test_available_cores_is_within_this_machine():
     assert 1 <= available_cores() <= 4096
 
 
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 2),
+        ("0::/a/b", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000"}, 1),
+        ("0::/docker/not-seen-from-inside", {"cpu.max": "100000 100000"}, 1),
+        ("3:cpu,cpuacct:/a\n4:memory:/b\n0::/", {"cpu/a/cpu.cfs_quota_us": "90000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 2),
+        ("nonsense", {}, 2),
+    ],
+)
+def test_the_least_quota_of_all_groups_around_this_process_holds(tmp_path, monkeypatch, membership, files, expected):
+    for name, content in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    (tmp_path / "self").write_text(membership + "\n")
+    monkeypatch.setattr("app.engine.session.CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr("app.engine.session.MEMBERSHIP", tmp_path / "self")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert available_cores() == expected
+
+
 def write(path, model):
     path.write_bytes(model.SerializeToString())
     return read_verified(path, hashlib.sha256(path.read_bytes()).hexdigest())
