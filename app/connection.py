@@ -11,6 +11,7 @@ One image as the raw body of `POST /classify` does not go through ASGI: `app.raw
 from __future__ import annotations
 
 import asyncio
+import re
 import select
 import socket
 import struct
@@ -37,6 +38,10 @@ MAX_HEADERS = 100
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
 
+_MOST_PIPELINED_BODY = 64 * 1024
+"""Bytes of a request that waits for the answer to an earlier one: they are not counted as held yet."""
+
+_UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _LOOKS = 64
 """Connections looked at for one that may be closed to make room."""
 
@@ -68,7 +73,8 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | raw_image.RawImageRequest | None = None
         self._between = True  # nothing of a request has come since the last one's end
         self._in_headers = True
-        self._header_bytes = 0  # of headers that are not complete
+        self._header_bytes = 0  # of headers, trailers and chunk extensions that are not complete
+        self._body_came = False
         self._parsed_bytes = 0
         self._deaf = False
         self._stuck_since: float | None = None
@@ -127,10 +133,15 @@ class Protocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         if self.receive_by is None:
             self.receive_by = self.active + self.settings.receive_timeout_s
-        if self._in_headers:
+        in_body = not self._in_headers
+        if not in_body:
             self._header_bytes += len(data)
+            data = _ignore_upgrade(data)
+        self._body_came = False
         super().data_received(data)
-        if self._in_headers and self._header_bytes > MAX_HEADER_BYTES:
+        if in_body and not self._in_headers and not self._body_came:
+            self._header_bytes += len(data)
+        if self._header_bytes > MAX_HEADER_BYTES:
             self._refuse_header_bytes()
 
     def on_message_begin(self) -> None:
@@ -141,8 +152,9 @@ class Protocol(HttpToolsProtocol):
         self._parsed_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One header."""
-        super().on_header(name, value)
+        """One header, or one trailer, which nobody wants (RFC 9110, 6.5.1: it must not become a header)."""
+        if self._in_headers:
+            super().on_header(name, value)
         self._parsed_bytes += len(name) + len(value)
         if len(self.headers) > MAX_HEADERS:
             self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
@@ -151,6 +163,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
+        if self.parser.should_upgrade():  # the parser leaves the body out, and would read it as the next request
+            self._refuse(MalformedRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade"))
         if len(self.pipeline) >= MAX_PIPELINED:
             text = f"more than {MAX_PIPELINED} requests wait on this connection"
             self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
@@ -175,18 +189,21 @@ class Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""
+        self._body_came, self._header_bytes = True, 0
         if self._deaf:
             return
         if self._raw:
             self._raw.receive(body)
         elif self.cycle is not None:
             super().on_body(body)
+            if self.cycle is not self._running and len(self.cycle.body) > _MOST_PIPELINED_BODY:
+                self._drop_last()
 
     def on_message_complete(self) -> None:
         """A request's last byte."""
         if self._deaf:
             return
-        self.receive_by, self._in_headers, self._between = None, True, True
+        self.receive_by, self._in_headers, self._between, self._header_bytes = None, True, True, 0
         if self.cycle is not None:
             super().on_message_complete()
 
@@ -237,6 +254,13 @@ class Protocol(HttpToolsProtocol):
             self._running.disconnected = True
             self._running.message_event.set()
         self.flow.resume_writing()
+
+    def _drop_last(self) -> None:
+        """Forgets the request that is arriving behind others; the connection ends with the answers to those."""
+        self._deaf, self.receive_by = True, None
+        self.pipeline.popleft()
+        self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
+        self.cycle.keep_alive = False
 
     def _cut_off(self) -> None:
         """Closes at once, what was not sent is lost: else the kernel would keep it for minutes, waiting to be read."""
@@ -311,6 +335,16 @@ class Protocol(HttpToolsProtocol):
         if Protocol._written_headers[0] is not headers:
             Protocol._written_headers = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
         return Protocol._written_headers[1]
+
+
+def _ignore_upgrade(data: bytes) -> bytes:
+    """A head in which `Upgrade` has another name: who cannot upgrade may ignore it (RFC 9110, 7.8), which the parser does not.
+
+    Java's HttpClient sends `Upgrade: h2c` with every first request.
+    """
+    end = data.find(b"\r\n\r\n")
+    head = data if end < 0 else data[:end]
+    return _UPGRADE.sub(b"\r\nx-upgrade", head) + data[len(head) :] if _UPGRADE.search(head) else data
 
 
 def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:

@@ -26,6 +26,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DRAFT_MARGIN = 4
 """A large JPEG is decoded at a reduced scale of at least this many times the model's side: 10 × cheaper at 12 megapixels."""
 
+_DEEP = 16
+"""Bits of a colour."""
+
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,8 +59,10 @@ _MOST_MARKERS = 10_000
 _MOST_EXIF = 128 * 1024
 """In a JPEG: two segments. What cameras write is shorter than one."""
 
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
-_JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf", b"\xc2\xc6\xca\xce"
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
+"""Those with a length. libjpeg passes over lower ones when it has lost its way, and reads on right behind them."""
+_JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7", b"\xc2\xc6"
+_JPEG_ARITHMETIC = b"\xc9\xca\xcb\xcd\xce\xcf"
 _TIFF_INTEGERS = {1: 1, 3: 2, 4: 4}
 """Bytes of a number by its type: BYTE, SHORT, LONG."""
 
@@ -180,8 +185,11 @@ def decode_image(
     try:
         if data.startswith(b"\xff\xd8"):
             _check_jpeg(data)
-        with Image.open(_CountedReads(data, heartbeat), formats=FORMATS) as image:
+        with Image.open(_CountedReads(_with_a_third_colour(data), heartbeat), formats=FORMATS) as image:
             _check_size(image, limits)
+            key = image.info.get("transparency")
+            if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):  # Pillow halves the bits of pixels alone
+                image.info["transparency"] = tuple(value >> 8 for value in key)
             announce(image.width * image.height)
             shape = _doubts_about_shape(image.size, rule)
             if image.format == "JPEG":
@@ -219,11 +227,22 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         )
 
 
+def _with_a_third_colour(data: bytes) -> bytes:
+    """A BMP of bytes or half bytes that says it uses two colours, as if it used one more.
+
+    Pillow reads the pixels of one that uses black and white as bits, whatever their size.
+    """
+    if data.startswith(b"BM") and data[28:29] in {b"\4", b"\x08"} and data[46:50] == b"\2\0\0\0":
+        return data[:46] + b"\3" + data[47:]
+    return data
+
+
 def _check_jpeg(data: bytes) -> None:
     """Walks the markers, as libjpeg will.
 
     Raises:
-        UndecodableImage: too many scans or segments, or too long an EXIF block: Pillow makes an object of each of its numbers.
+        UndecodableImage: too many scans or segments, or too long an EXIF block: Pillow makes an object of each of its numbers;
+            or arithmetic coding, which no browser reads and which takes several times as long.
     """
     position, scans, exif_bytes, components, progressive = 2, 0, 0, 0, False
     for _ in range(_MOST_MARKERS):
@@ -233,11 +252,11 @@ def _check_jpeg(data: bytes) -> None:
         marker, position = found[1], found.end()
         if marker == b"\xd9":
             return
-        if marker == b"\x01":  # has no length
-            continue
         length = int.from_bytes(data[position : position + 2])
         if marker in _JPEG_FRAMES:
             components, progressive = int.from_bytes(data[position + 7 : position + 8]), marker in _JPEG_PROGRESSIVE
+        elif marker in _JPEG_ARITHMETIC:
+            raise UndecodableImage("arithmetic coding is not read here; encode the image again, with Huffman coding")
         elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
             exif_bytes += length
             if exif_bytes > _MOST_EXIF:
@@ -246,8 +265,8 @@ def _check_jpeg(data: bytes) -> None:
             scans += 1
             if scans > _MOST_SCANS:
                 raise UndecodableImage(f"more than {_MOST_SCANS} scans; encode the image again")
-            if not progressive and int.from_bytes(data[position + 2 : position + 3]) >= components:
-                return  # one scan with all components is the last, and this the end for nearly every file
+            if scans == 1 and not progressive and int.from_bytes(data[position + 2 : position + 3]) >= components:
+                return  # a first scan with all components is the last, and this the end for nearly every file
         position += max(2, length)
     raise UndecodableImage(f"the image file consists of more than {_MOST_MARKERS:,} pieces; encode it again")
 
@@ -259,7 +278,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """
     exif = image.info.get("exif")  # a PNG may have a text of that name
     profile = image.info.get("Raw profile type exif")  # so older ImageMagick writes it into a PNG: three lines, then digits
-    if not isinstance(exif, bytes) and isinstance(profile, str):
+    if not isinstance(exif, bytes) and isinstance(profile, str) and len(profile) < 4 * _MOST_EXIF:
         exif = bytes.fromhex("".join(profile.split("\n")[3:]))
     if not isinstance(exif, bytes):
         return image
@@ -289,8 +308,13 @@ def _to_8_bit(image: Image.Image, warnings: list[str]) -> Image.Image:
     """RGB or grey, or RGBA where something is transparent. Grey stays grey until it is small: a quarter of the memory."""
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips 16-bit grey at 255 when it converts, which turns nearly every such picture white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        deep, key = np.asarray(image).clip(0, 65535), image.info.get("transparency")
+        image = Image.fromarray((deep // 257).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8)))
         warnings.append("16-bit grey was reduced to 8 bit")
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # nobody stores a picture of nothing: the fourth byte was never filled in
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image if image.mode in {"RGB", "L"} else image.convert("RGB")

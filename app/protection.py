@@ -6,6 +6,7 @@ chunked bodies without Content-Length. How long they may take is the server's bu
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import random
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from contextlib import contextmanager
 from typing import Any
 
-from app.errors import BodyTooLarge, Overloaded, ServiceError, Unauthorized
+from app.errors import BodyTooLarge, MalformedRequest, NotServing, Overloaded, ServiceError, Unauthorized
 from app.telemetry.exchange import Exchange, server_timing
 
 Scope = MutableMapping[str, Any]
@@ -27,6 +28,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PROTECTED = ("/classify", "/v2/models")
 """Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
 
+_OUT_OF_TIME = NotServing("the service shut down before the request was done; send it again, to another replica", retry_after_s=1)
+"""Why uvicorn has cancelled a request: the time for a graceful end is over."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -143,6 +148,9 @@ class RequestGuard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if b"cookie" in headers:
+            # nobody wants them, yet FastAPI reads them: of 32 KB of backslashes for seconds (CVE-2024-7592)
+            scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         exchange = _begin(scope, request_id)
         started = unread = False
@@ -181,23 +189,30 @@ class RequestGuard:
             return message
 
         try:
-            if scope["path"].startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
-                unread = True
-                raise Unauthorized("this service asks for a key: send `Authorization: Bearer KEY`")
-            declared = headers.get(b"content-length", b"0")
-            if declared.isdigit() and int(declared[:20]) > limit:
-                unread = True
-                raise BodyTooLarge(
-                    f"the body has {int(declared[:20]):,} bytes; the limit is {limit:,} (CONVMIXER_MAX_BODY_BYTES); "
-                    "send fewer or smaller images"
-                )
+            unread = True
+            self._admit(scope, headers)
+            unread = False
             await self.app(scope, receive_within_limits, send_with_id)
-        except ServiceError as error:
+        except (ServiceError, asyncio.CancelledError) as error:
             if started:
                 raise
-            await self.answer_failure(scope, error, send_with_id)
+            failure = error if isinstance(error, ServiceError) else _OUT_OF_TIME
+            unread = unread or failure is _OUT_OF_TIME
+            await self.answer_failure(scope, failure, send_with_id)
         finally:
             service.bodies.give_back(received)
+
+    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if _CONTROL.search(scope["path"]):  # a route lets pass a line's end behind its path, which no metric knows
+            raise MalformedRequest("the path has control characters")
+        if scope["path"].startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
+            raise Unauthorized("this service asks for a key: send `Authorization: Bearer KEY`")
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
+            raise BodyTooLarge(
+                f"the body has {int(declared[:20]):,} bytes; the limit is {self.max_body_bytes:,} (CONVMIXER_MAX_BODY_BYTES); "
+                "send fewer or smaller images"
+            )
 
 
 def _begin(scope: Scope, request_id: str) -> Exchange:

@@ -93,6 +93,8 @@ class _Server(uvicorn.Server):
                 self._enforce_deadlines(time.monotonic())
                 await asyncio.sleep(0.5)
 
+        service: Service = self.lifespan.state["service"]
+        service.drain_by = time.monotonic() + service.settings.drain_timeout_s
         enforcing = asyncio.get_running_loop().create_task(enforce())
         try:
             await super().shutdown(sockets)

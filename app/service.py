@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 
 from app.engine.artifact import read_verified
@@ -22,6 +23,9 @@ from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+_LAST_BATCH_S = 1.0
+"""For what the workers have in hand, though the time for a graceful end is over."""
+
 
 class Service:
     """Verifies the artifact, opens a session, warms it up and starts the scheduler.
@@ -32,6 +36,7 @@ class Service:
     Attributes:
         siblings: folder in which the processes behind one address meet (`app.processes`); None if there is one process.
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
+        drain_by: time.monotonic() at which what is in work must be done; None until the server has begun to wait for it.
         watchers: told of answers: the access log, the traces.
 
     Raises:
@@ -41,6 +46,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.leaving = False
+        self.drain_by: float | None = None
         self.siblings: Path | None = None
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
@@ -99,5 +105,7 @@ class Service:
 
     def close(self) -> None:
         """Drains: everything accepted is answered, within `drain_timeout_s`."""
-        if not self.scheduler.drain(self.settings.drain_timeout_s):
+        allowed_s = self.settings.drain_timeout_s
+        left_s = allowed_s if self.drain_by is None else max(_LAST_BATCH_S, self.drain_by - time.monotonic())
+        if not self.scheduler.drain(left_s):
             logger.warning("not everything was finished within %d s", self.settings.drain_timeout_s)

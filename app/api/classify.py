@@ -10,6 +10,7 @@ import base64
 import binascii
 import re
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -18,8 +19,10 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import to_json
+from python_multipart.multipart import parse_options_header
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from app.api.inference import CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.problems import problem_response
@@ -36,6 +39,10 @@ _OTHER_MARKS = 100
 """Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
 
 _JSON_OBJECT = re.compile(rb"[ \t\r\n]*\{")
+
+_CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1"}
+_MOST_TEXT = 1024
+"""Bytes of a part that is no file, which is none that is read here."""
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
@@ -139,6 +146,8 @@ async def classify(
     good = [upload.data for upload in uploads if upload.error is None]
     exchange: Exchange = request.state.exchange
     results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
+    if explain:  # heat maps take a while to write
+        return await run_in_threadpool(_answer, service, uploads, results, wanted, exchange)
     return _answer(service, uploads, results, wanted, exchange)
 
 
@@ -201,25 +210,32 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
 
 
 async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:  # Python has some that take minutes
+        raise MalformedRequest("the form's names must be in UTF-8; leave the charset out")
+    body = await read_body(request)
+    boundary = options.get(b"boundary")
+    # Python looks at each of them
+    if boundary is not None and body.count(b"\r\n--" + boundary) > max_images + _OTHER_MARKS:
+        raise _too_many(max_images)
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = MultiPartParser(request.headers, whole(), max_files=max_images, max_fields=max_images, max_part_size=_MOST_TEXT)
+    parser.spool_max_size = len(body)  # what is in memory needs no file
     try:
-        async with request.form(max_files=max_images, max_fields=max_images) as form:
-            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            if len(files) < len(form.multi_items()):
-                raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
-            if not files:
-                raise MalformedRequest("the form holds no file; send at least one image")
-            return [Upload(await file.read(), _plain(file.filename)) for file in files]
-    except HTTPException as error:  # Starlette's word for a malformed body or too many files
-        if "Too many files" in error.detail:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
             raise _too_many(max_images) from error
-        raise MalformedRequest(f"the multipart body cannot be read: {error.detail}") from error
-    except UnicodeError as error:
-        raise MalformedRequest("the form's names cannot be read in the charset it declares; send utf-8") from error
-
-
-def _plain(name: str | None) -> str | None:
-    """A file's name as it can be answered: a charset of the client's may have made it one that UTF-8 cannot say."""
-    return name and name.encode(errors="replace").decode()
+        raise MalformedRequest(f"the multipart body cannot be read: {error.message}") from error
+    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    if len(files) < len(form.multi_items()):
+        raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
+    if not files:
+        raise MalformedRequest("the form holds no file; send at least one image")
+    return [Upload(await file.read(), file.filename) for file in files]
 
 
 def _read_json(body: bytes, max_images: int) -> list[Upload]:

@@ -106,7 +106,7 @@ class Traces:
 
     def __call__(self, exchange: Exchange) -> None:
         """Traces a request to the model; others, probes above all, are not worth it."""
-        if not classifies(exchange.path):
+        if not classifies(exchange.route or exchange.path):
             return
         to_ns = time.time_ns() - time.monotonic_ns()  # from the steady clock to the world's, as that stands now
         begin_ns = int(exchange.begin * 1e9) + to_ns

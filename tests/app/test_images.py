@@ -105,6 +105,57 @@ def test_16_bit_grey_keeps_its_tones(picture):
     assert result.warnings == ("16-bit grey was reduced to 8 bit",)
 
 
+def png(colour_type: int, transparent: bytes, pixels: np.ndarray) -> bytes:
+    """Of 16 bits a colour, which Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+
+
+def test_a_transparent_tone_of_16_bits_becomes_white():
+    grey = np.full((32, 32), 1000)
+    grey[:16] = 40_000
+    found = decode(png(0, struct.pack(">H", 1000), grey))
+    assert (found[:16] == 155).all()
+    assert (found[16:] == 255).all()
+    colours = np.full((32, 32, 3), 513)
+    colours[:16] = 40_000
+    found = decode(png(2, struct.pack(">HHH", 513, 513, 513), colours))
+    assert (found[:16] == 156).all()
+    assert (found[16:] == 255).all()
+
+
+def bmp(bits: int, colours: int, masks: bytes, pixels: np.ndarray) -> bytes:
+    height, width = 32, 32
+    palette = bytes(4) + b"\xff\xff\xff\0" if colours else b""
+    size = 108 if masks else 40
+    info = struct.pack("<IiiHHIIiiII", size, width, -height, 1, bits, 3 if masks else 0, 0, 0, 0, colours, 0) + masks
+    head = info.ljust(size, b"\0") + palette
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + pixels.nbytes, 0, 0, 14 + len(head)) + head + pixels.tobytes()
+
+
+def test_two_colours_in_a_byte_each_are_not_read_as_bits():
+    rows = np.zeros((32, 32), np.uint8)
+    rows[:16] = 1
+    expected = np.repeat(rows[..., None] * 255, 3, axis=2)
+    assert np.array_equal(decode(bmp(8, 2, b"", rows)), expected)
+    assert np.array_equal(decode(bmp(4, 2, b"", rows[:, ::2] * 0x11)), expected)
+
+
+def test_an_alpha_channel_that_was_never_filled_in_hides_nothing():
+    pixels = np.zeros((32, 32, 4), np.uint8)
+    pixels[..., 2] = 200
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    assert (decode(bmp(32, 0, masks, pixels)) == [200, 0, 0]).all()
+    pixels[0, 0, 3] = 255
+    assert (decode(bmp(32, 0, masks, pixels))[1:] == 255).all()
+
+
 def test_the_first_frame_of_an_animation_counts_and_is_said(picture):
     other = Image.new("RGB", picture.size, "red")
     for kind in ("WEBP", "PNG"):
@@ -185,6 +236,18 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_walked(picture):
     last = progressive.rindex(b"\xff\xda")
     with pytest.raises(UndecodableImage, match="40 scans"):
         decode(progressive[:last] + progressive[last:-2] * 100 + b"\xff\xd9")
+    # a first scan of one colour: libjpeg then reads all that come, be there as many colours in the second as there are
+    baseline = encode(picture, "JPEG", subsampling=0)
+    scan = baseline.index(b"\xff\xda")
+    one, all_three = b"\xff\xda\0\x08\1\1\0\0\x3f\0", baseline[scan : scan + 14]
+    with pytest.raises(UndecodableImage, match="40 scans"):
+        decode(baseline[:scan] + one + all_three * 100 + b"\xff\xd9")
+    # behind a marker that has no length: libjpeg, lost among restarts, looks for the next right behind it
+    hidden = b"\xff\xdd\0\4\0\1" + progressive[last:-2] + b"\xff\x02\xfd\xfd" + progressive[last:-2] * 100
+    with pytest.raises(UndecodableImage, match="40 scans"):
+        decode(progressive[:last] + hidden + b"\xff\xd9")
+    with pytest.raises(UndecodableImage, match="arithmetic"):
+        decode(baseline.replace(b"\xff\xc0", b"\xff\xc9"))
     # what only looks like scans: in a comment, and behind the end
     many = b"\xff\xda\0\2" * 100
     comment = b"\xff\xfe" + struct.pack(">H", 2 + len(many)) + many
@@ -213,6 +276,11 @@ def test_exif_is_read_no_further_than_the_orientation(picture):
     text = PngInfo()
     text.add_text("Raw profile type exif", f"\nexif\n    {len(big)}\n{(b'Exif' + bytes(2) + big).hex()}\n")
     assert np.array_equal(decode(encode(picture, "PNG", pnginfo=text)), turned)
+    text = PngInfo()
+    text.add_text(
+        "Raw profile type exif", f"\nexif\n    {len(big)}\n{(b'Exif' + bytes(2) + big).hex()}" + "\n" * 600_000, zip=True
+    )
+    assert np.array_equal(decode(encode(picture, "PNG", pnginfo=text)), np.asarray(picture)), "millions of lines are not split"
     jpeg, part = encode(picture, "JPEG"), b"Exif\0\0" + bytes(65_000)
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part
     with pytest.raises(UndecodableImage, match="EXIF"):

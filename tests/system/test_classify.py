@@ -229,6 +229,9 @@ def problem(response: httpx.Response) -> tuple[int, str]:
         (b'{"images": [' + b'"",' * 10_000_000 + b'""]}', "application/json", (413, "too_many_images")),
         (b'{"images": ["x"]' + b',"":0' * 6_000_000 + b"}", "application/json", (413, "too_many_images")),
         (b"--y\r\n", "multipart/form-data; boundary=y; charset=undefined", (400, "malformed_request")),
+        (b"--y\r\n", "multipart/form-data; boundary=y; charset=punycode", (400, "malformed_request")),
+        (b"--y" + b"\r\n--y" * 1000, "multipart/form-data; boundary=y", (413, "too_many_images")),
+        (b"--y" + b"\r\n--yx" * 1000, "multipart/form-data; boundary=y", (413, "too_many_images")),
         (b"--x\r\n", "multipart/form-data; boundary=y", (400, "malformed_request")),
         (b"--y--\r\n", "multipart/form-data; boundary=y", (400, "malformed_request")),
         (b"x", "multipart/form-data", (400, "malformed_request")),
@@ -254,6 +257,13 @@ def test_a_form_field_that_is_no_file_is_named(client):
 def test_parameters_out_of_range(client, samples, parameters, headers):
     response = client.post("/classify", content=samples[0].data, headers={**WEBP, **headers}, params=parameters)
     assert problem(response) == (422, "invalid_parameter")
+
+
+def test_a_path_with_a_lines_end_is_not_the_path_before_it(client, samples):
+    for path in ("/classify%0A", "/v2/models/fast/infer%0A", "/livez%0A"):
+        response = client.post(path, content=samples[0].data, headers={"Content-Type": "image/webp"})
+        assert response.status_code == 400, path
+        assert "control characters" in response.text
 
 
 def test_unknown_paths_and_methods_get_problem_documents_too(client):

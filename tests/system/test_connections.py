@@ -221,6 +221,74 @@ def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_c
     assert body["request_id"].encode() in head
 
 
+def test_cookies_are_not_read(base_url):
+    """Those of this kind take Python's parser seconds each (CVE-2024-7592)."""
+    probe = b'GET /livez HTTP/1.1\r\nHost: x\r\nCookie: a="' + b"\\" * 32_000 + b'"\r\n\r\n'
+    with connect(base_url) as connection:
+        connection.sendall(probe * 20)
+        received = answers(connection)
+        assert [next(received)[0] for _ in range(20)] == [200] * 20
+
+
+@pytest.mark.parametrize("endless", [b"X: ", b"1;x="], ids=["trailers", "chunk extension"])
+def test_what_follows_or_stands_in_chunks_is_bounded(base_url, endless):
+    """The parser keeps a trailer until its end; what came before would be copied for each piece."""
+    last = b"" if endless.startswith(b"1") else b"0\r\n"
+    with connect(base_url) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + last + endless)
+        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+            connection.sendall(b"a" * 64 * 1024 * 1024)
+    assert httpx.get(f"{base_url}/livez").status_code == 200
+
+
+def test_a_trailer_is_no_header(base_url, samples):
+    data = samples[0].data
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(base_url) as connection:
+        for _ in range(2):
+            connection.sendall(head + b"%x\r\n%b\r\n0\r\nX-Deadline-Ms: nonsense\r\nContent-Type: a\r\n\r\n" % (len(data), data))
+            ((status, _, body),) = [next(answers(connection))]
+            assert status == 200
+            assert body["predictions"][0]["label"]
+
+
+def test_an_upgrade_that_is_offered_is_ignored(base_url, client, samples):
+    """As Java's HttpClient offers it; the parser would leave the body out, and read it as the next request."""
+    expected = client.post("/classify", content=samples[70].data, headers={"Content-Type": "image/webp"}).json()
+    offer = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA"]
+    wire = classify_request(samples[70].data, *offer)
+    with connect(base_url) as connection:
+        received = answers(connection)
+        for pieces in ([wire], [wire[:30], wire[30:]], [wire[:-100], wire[-100:]], [wire, wire]):
+            for piece in pieces:
+                connection.sendall(piece)
+                httpx.get(f"{base_url}/livez")  # so that pieces come one by one
+            status, _, body = next(received)
+            assert status == 200
+            assert body["predictions"] == expected["predictions"]
+        next(received)
+    smuggled = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    torn = classify_request(smuggled, *offer).replace(b"Upgrade: h2c", b"UPGRADE : h2c")
+    for wire in (classify_request(smuggled, *offer), torn):
+        at = wire.upper().index(b"\nUPGRADE") + 3  # in the middle of its name
+        with connect(base_url) as connection:
+            connection.sendall(wire[:at])
+            httpx.get(f"{base_url}/livez")
+            connection.sendall(wire[at:])
+            ((status, _, body),) = list(answers(connection))
+        assert (status, body["code"]) == (400, "malformed_request")
+
+
+def test_a_body_that_arrives_behind_another_request_is_not_hoarded(start, samples):
+    url = start(workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000).wait_until_ready()
+    buffer = io.BytesIO()
+    Image.new("RGB", (9000, 9000)).save(buffer, "PNG")
+    form = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 10000000\r\n\r\n"
+    with connect(url) as connection:
+        connection.sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000") + CLASSIFY + form + bytes(100_000))
+        assert [status for status, _, _ in answers(connection)] == [200]
+
+
 def test_a_silent_connection_is_closed_without_a_word(impatient):
     with connect(impatient) as connection:
         assert connection.recv(1) == b""

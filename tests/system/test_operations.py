@@ -87,6 +87,23 @@ def test_an_upload_that_never_ends_does_not_hold_up_the_end(start):
     assert server.wait() == 0
 
 
+def test_a_form_that_is_late_for_the_end_is_told_so(start):
+    server = start(drain_timeout_s=1)
+    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = (
+            b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 100\r\n\r\n"
+        )
+        connection.sendall(head + b"--b\r\n")
+        httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
+        server.process.send_signal(signal.SIGTERM)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"not_serving"' in answer
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+
+
 def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(start, samples):
     server = start(shutdown_delay_s=3)
     url = server.wait_until_ready()
