@@ -27,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app import raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
-from app.protection import choose_request_id
+from app.protection import OUT_OF_TIME, choose_request_id
 from app.telemetry.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
 
 _MOST_PIPELINED_BODY = 64 * 1024
-"""Bytes of a request that waits for the answer to an earlier one: they are not counted as held yet."""
+"""Bytes of requests that wait for the answer to an earlier one: they are not counted as held yet."""
 
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _LOOKS = 64
@@ -196,7 +196,7 @@ class Protocol(HttpToolsProtocol):
             self._raw.receive(body)
         elif self.cycle is not None:
             super().on_body(body)
-            if self.cycle is not self._running and len(self.cycle.body) > _MOST_PIPELINED_BODY:
+            if self.cycle is not self._running and sum(len(cycle.body) for cycle, _ in self.pipeline) > _MOST_PIPELINED_BODY:
                 self._drop_last()
 
     def on_message_complete(self) -> None:
@@ -215,10 +215,14 @@ class Protocol(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        else:
-            self.idle.pop(self, None)
-            self.idle[self] = None
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            if not cycle.more_body:
+                return
+            # its deadline was forgotten when the request before it was complete
+            self.receive_by = self.receive_by or self.active + self.settings.receive_timeout_s
+        self.idle.pop(self, None)
+        self.idle[self] = None
 
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's hook for bytes that are no HTTP."""
@@ -246,6 +250,15 @@ class Protocol(HttpToolsProtocol):
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
             self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))
+
+    def refuse_unfinished(self) -> None:
+        """Ends the connection if its request is still arriving: the process is about to end."""
+        if self.receive_by is None or self.transport.is_closing():
+            return
+        if self._in_headers and not self._header_bytes:
+            self.transport.close()  # nothing was asked
+        else:
+            self._refuse(OUT_OF_TIME)
 
     def _stop_running(self) -> None:
         """Tells the application that its client has left; uvicorn tells only the request that came last."""
@@ -278,6 +291,8 @@ class Protocol(HttpToolsProtocol):
             cycle.keep_alive = False  # closes when the earlier requests have their answers
         elif self._raw and not self._raw.response_complete:
             self._raw.fail(error, keep_alive=False)
+        elif self.pipeline:
+            self._drop_last()
         else:
             # one that was answered before all of it had come gets no second answer
             answered = cycle is not None and cycle.response_complete and not self._in_headers
@@ -341,7 +356,12 @@ def _ignore_upgrade(data: bytes) -> bytes:
     """A head in which `Upgrade` has another name: who cannot upgrade may ignore it (RFC 9110, 7.8), which the parser does not.
 
     Java's HttpClient sends `Upgrade: h2c` with every first request.
+
+    Args:
+        data: what came while a head was arriving; if it begins with the end of a line, all behind that may be body.
     """
+    if data.startswith((b"\r", b"\n")):
+        return data
     end = data.find(b"\r\n\r\n")
     head = data if end < 0 else data[:end]
     return _UPGRADE.sub(b"\r\nx-upgrade", head) + data[len(head) :] if _UPGRADE.search(head) else data

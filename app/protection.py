@@ -28,8 +28,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PROTECTED = ("/classify", "/v2/models")
 """Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
 
-_OUT_OF_TIME = NotServing("the service shut down before the request was done; send it again, to another replica", retry_after_s=1)
-"""Why uvicorn has cancelled a request: the time for a graceful end is over."""
+OUT_OF_TIME = NotServing("the service shut down before the request was done; send it again, to another replica", retry_after_s=1)
+"""The time for a graceful end is over: uploads are cut short, and what waits is cancelled, by uvicorn."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -196,8 +196,8 @@ class RequestGuard:
         except (ServiceError, asyncio.CancelledError) as error:
             if started:
                 raise
-            failure = error if isinstance(error, ServiceError) else _OUT_OF_TIME
-            unread = unread or failure is _OUT_OF_TIME
+            failure = error if isinstance(error, ServiceError) else OUT_OF_TIME
+            unread = unread or failure is OUT_OF_TIME
             await self.answer_failure(scope, failure, send_with_id)
         finally:
             service.bodies.give_back(received)

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _STARTUP_FAILURE = 3
 """Exit code, as uvicorn's own."""
 
+_ANSWERED_WITHIN_S = 1.0
+"""So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
+
 _LARGE_BUFFER = 2**20
 """Bytes, from which memory is the system's again when it is freed: pictures of more than a quarter of a megapixel, long bodies.
 What most requests need is smaller, and reused."""
@@ -87,14 +90,18 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Waits for open requests; uvicorn no longer ticks then, and uploads that never end would hold it to the last."""
+        service: Service = self.lifespan.state["service"]
+        service.drain_by = drain_by = time.monotonic() + service.settings.drain_timeout_s
 
         async def enforce() -> None:
             while True:
-                self._enforce_deadlines(time.monotonic())
+                now = time.monotonic()
+                self._enforce_deadlines(now)
+                if now > drain_by - _ANSWERED_WITHIN_S:
+                    for connection in list(self.server_state.connections):
+                        cast("Protocol", connection).refuse_unfinished()
                 await asyncio.sleep(0.5)
 
-        service: Service = self.lifespan.state["service"]
-        service.drain_by = time.monotonic() + service.settings.drain_timeout_s
         enforcing = asyncio.get_running_loop().create_task(enforce())
         try:
             await super().shutdown(sockets)

@@ -225,8 +225,8 @@ def _measure_overload(port: int, bodies: list[bytes], labels: list[str], factor:
         "goodput": in_time / tally.answered_s / ((before + after) / 2),
         "refused": len(tally.refused),
         "late": tally.late,
-        "refusal_p50_ms": float(np.median(tally.refused or np.nan)) * 1000,
-        "refusal_p99_ms": float(np.percentile(tally.refused or np.nan, 99)) * 1000,
+        "refusal_p50_ms": float(np.median(tally.refused)) * 1000 if tally.refused else None,
+        "refusal_p99_ms": float(np.percentile(tally.refused, 99)) * 1000 if tally.refused else None,
         "accounted": len(tally.right) + len(tally.refused) + tally.late == tally.sent,
     }
 
@@ -259,10 +259,14 @@ def _print(results: dict[str, Any]) -> None:
         print(f"p99 at {clients:3} clients {statistics.median(values):8.1f} ms")
     for factor in OVERLOADS:
         rows = [row for row in results["overload"] if row["factor"] == factor]
-        median, p99 = (statistics.median(row[name] for row in rows) for name in ("refusal_p50_ms", "refusal_p99_ms"))
+        refused = [row for row in rows if row["refused"]]
+        median, p99 = (
+            statistics.median(row[name] for row in refused) if refused else 0.0 for name in ("refusal_p50_ms", "refusal_p99_ms")
+        )
         print(
             f"{factor:2} x capacity: {_spread([row['goodput'] for row in rows], 2)} of it answered within {DEADLINE_MS} ms, "
-            f"refused in {median:.1f} ms (p99 {p99:.1f}), {sum(row['late'] for row in rows)} late"
+            f"{sum(row['refused'] for row in rows)} refused in {median:.1f} ms (p99 {p99:.1f}), "
+            f"{sum(row['late'] for row in rows)} late"
         )
     print(f"memory {results['memory_mib']:.0f} MiB; start to first right answer {statistics.median(results['start_s']):.2f} s")
 

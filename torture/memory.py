@@ -161,7 +161,7 @@ def soak(seconds: float) -> Finding:
         """The next of the mixture, and the status of its answer."""
         if number % 3 == 0:
             which = number // 3 % len(bad)
-            return post(bad[which], "image/png"), 422 if which else 415
+            return post(bad[which], "image/png"), 422 if which % 2 else 415
         return rare.get(number % 40) or post(good[number % len(good)], "image/webp"), 200
 
     async def client(server: Target, number: int, end: float) -> int:

@@ -40,7 +40,7 @@ _OTHER_MARKS = 100
 
 _JSON_OBJECT = re.compile(rb"[ \t\r\n]*\{")
 
-_CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1"}
+_CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
 _MOST_TEXT = 1024
 """Bytes of a part that is no file, which is none that is read here."""
 
@@ -214,10 +214,13 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:  # Python has some that take minutes
         raise MalformedRequest("the form's names must be in UTF-8; leave the charset out")
     body = await read_body(request)
-    boundary = options.get(b"boundary")
-    # Python looks at each of them
-    if boundary is not None and body.count(b"\r\n--" + boundary) > max_images + _OTHER_MARKS:
-        raise _too_many(max_images)
+    if (boundary := options.get(b"boundary")) is not None:
+        line = b"\r\n--" + boundary
+        # Python looks at each of them, and at each byte of padding behind one
+        if body.count(line) > max_images + _OTHER_MARKS:
+            raise _too_many(max_images)
+        if line + b" " in body or line + b"\t" in body:
+            raise MalformedRequest("a boundary of the form is padded; send it without spaces behind it")
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield body

@@ -287,8 +287,11 @@ class Scheduler:
             if large or time.monotonic() - begin > _HOLD_BACK_S:
                 self._tell(untold)
 
-        # a client may leave while its image is decoded, too
-        ready = [item for item in batch if self._decode(item, announce, end) and self._is_wanted(item)]
+        ready: list[Item] = []
+        for item in batch:
+            # the first is tried while it has any time, or nothing would be learnt; a client may leave during decoding, too
+            if self._decode(item, announce, end if ready else begin) and self._is_wanted(item):
+                ready.append(item)
         self._tell(untold)
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]

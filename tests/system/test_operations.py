@@ -87,14 +87,22 @@ def test_an_upload_that_never_ends_does_not_hold_up_the_end(start):
     assert server.wait() == 0
 
 
-def test_a_form_that_is_late_for_the_end_is_told_so(start):
-    server = start(drain_timeout_s=1)
+@pytest.mark.parametrize("case", ["half an image", "half a form", "a form in the queue"])
+def test_what_is_late_for_the_end_is_told_so(start, case):
+    server = start(drain_timeout_s=2, workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
     host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
+    buffer = io.BytesIO()
+    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
+    body, content_type = buffer.getvalue(), "image/png"
+    if "form" in case:
+        part = b'--b\r\nContent-Disposition: form-data; name="x"; filename="x"\r\n\r\n' + body + b"\r\n"
+        body, content_type = part * 16 + b"--b--\r\n", "multipart/form-data; boundary=b"
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Deadline-Ms: 60000\r\nContent-Type: {content_type}\r\n"
+    wire = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = (
-            b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 100\r\n\r\n"
-        )
-        connection.sendall(head + b"--b\r\n")
+        connection.sendall(wire[:-10] if "half" in case else wire)
+        while "queue" in case and "convmixer_busy_workers 1.0" not in httpx.get(f"http://{host}:{port}/metrics").text:
+            pass
         httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
