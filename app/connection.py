@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict
 from http import HTTPStatus
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
+PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready"}
+PROBE_CONNECTIONS = 16
+"""Beyond `CONVMIXER_MAX_CONNECTIONS`, for nothing but these: overload is no reason to be restarted."""
+
+_STUCK_S = 2.0
+"""A client that has not read its answer for so long makes room for another."""
+
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
 
@@ -78,16 +85,22 @@ class Protocol(HttpToolsProtocol):
         self._parsed_bytes = 0
         self._deaf = False
         self._stuck_since: float | None = None
+        self._for_probes = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected (asyncio)."""
-        full = len(self.connections) >= self.settings.max_connections
+        count, limit = len(self.connections), self.settings.max_connections
         super().connection_made(transport)
         self.receive_by = self.active + self.settings.receive_timeout_s
-        if full and not self._make_room():
-            limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
-            self._refuse(Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections"))
+        if count >= limit and not self._make_room():
+            if count >= limit + PROBE_CONNECTIONS:
+                self._refuse(self._all_busy())
+            self._for_probes = True
         self.idle[self] = None
+
+    def _all_busy(self) -> Overloaded:
+        limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
+        return Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections")
 
     def _make_room(self) -> bool:
         """Closes the connection that has waited longest for its client; False if none waits."""
@@ -98,6 +111,12 @@ class Protocol(HttpToolsProtocol):
                 self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
             else:
                 connection.transport.abort()
+                return True
+        stuck_before = self.active - _STUCK_S
+        for other in self.connections:
+            connection = cast("Protocol", other)
+            if (connection._stuck_since or self.active) < stuck_before:
+                connection._cut_off()
                 return True
         return False
 
@@ -168,6 +187,8 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             text = f"more than {MAX_PIPELINED} requests wait on this connection"
             self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
+        if self._for_probes and self.url.partition(b"?")[0] not in PROBES:
+            self._refuse(self._all_busy())
         if self._deaf:
             return
         head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None

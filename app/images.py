@@ -53,14 +53,17 @@ _HEARTBEAT_READS = 256
 _MOST_SCANS = 40
 """Of a JPEG, each of which touches every pixel however short it is; progressive ones have about ten."""
 
+_MOST_VISITS = 16
+"""To each pixel of a JPEG of `max_pixels`; smaller ones may have more scans."""
+
 _MOST_MARKERS = 10_000
 """Of a JPEG. One of 32 MiB that is nothing but an ICC profile has 500."""
 
 _MOST_EXIF = 128 * 1024
 """In a JPEG: two segments. What cameras write is shorter than one."""
 
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
-"""Those with a length. libjpeg passes over lower ones when it has lost its way, and reads on right behind them."""
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xdd\xe0-\xef\xfe])")
+"""The end, and those that have a length for libjpeg and for Pillow: either passes over others, and reads on right behind them."""
 _JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7", b"\xc2\xc6"
 _JPEG_ARITHMETIC = b"\xc9\xca\xcb\xcd\xce\xcf"
 _TIFF_INTEGERS = {1: 1, 3: 2, 4: 4}
@@ -184,7 +187,7 @@ def decode_image(
     """
     try:
         if data.startswith(b"\xff\xd8"):
-            _check_jpeg(data)
+            _check_jpeg(data, limits)
         with Image.open(_CountedReads(_with_a_third_colour(data), heartbeat), formats=FORMATS) as image:
             _check_size(image, limits)
             key = image.info.get("transparency")
@@ -195,6 +198,8 @@ def decode_image(
             if image.format == "JPEG":
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
             warnings = ["animation: only the first frame was classified"] if getattr(image, "is_animated", False) else []
+            # in one piece: what cannot be decoded yet would be looked at again with each
+            image.decodermaxblock = len(data)
             image.load()
             full = _to_8_bit(_upright(image), warnings)
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
@@ -237,24 +242,28 @@ def _with_a_third_colour(data: bytes) -> bytes:
     return data
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Walks the markers, as libjpeg will.
+def _check_jpeg(data: bytes, limits: DecodeLimits) -> None:
+    """Walks the markers, as Pillow and libjpeg will.
 
     Raises:
         UndecodableImage: too many scans or segments, or too long an EXIF block: Pillow makes an object of each of its numbers;
             or arithmetic coding, which no browser reads and which takes several times as long.
     """
-    position, scans, exif_bytes, components, progressive = 2, 0, 0, 0, False
+    position, scans, exif_bytes, components, pixels, progressive = 2, 0, 0, 0, 0, False
     for _ in range(_MOST_MARKERS):
         found = _JPEG_MARKER.search(data, position)
         if not found:
             return
         marker, position = found[1], found.end()
         if marker == b"\xd9":
-            return
+            if scans:
+                return
+            continue  # the end of nothing but tables: libjpeg goes on with what follows
         length = int.from_bytes(data[position : position + 2])
         if marker in _JPEG_FRAMES:
             components, progressive = int.from_bytes(data[position + 7 : position + 8]), marker in _JPEG_PROGRESSIVE
+            height, width = data[position + 3 : position + 5], data[position + 5 : position + 7]
+            pixels = int.from_bytes(height) * int.from_bytes(width)
         elif marker in _JPEG_ARITHMETIC:
             raise UndecodableImage("arithmetic coding is not read here; encode the image again, with Huffman coding")
         elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
@@ -263,8 +272,8 @@ def _check_jpeg(data: bytes) -> None:
                 raise UndecodableImage(f"more than {_MOST_EXIF:,} bytes of EXIF; encode the image again, without")
         elif marker == b"\xda":
             scans += 1
-            if scans > _MOST_SCANS:
-                raise UndecodableImage(f"more than {_MOST_SCANS} scans; encode the image again")
+            if scans > _MOST_SCANS or (scans > 1 and scans * pixels > _MOST_VISITS * limits.max_pixels):
+                raise UndecodableImage(f"more than {_MOST_SCANS} scans, or many of a large picture; encode the image again")
             if scans == 1 and not progressive and int.from_bytes(data[position + 2 : position + 3]) >= components:
                 return  # a first scan with all components is the last, and this the end for nearly every file
         position += max(2, length)

@@ -14,12 +14,16 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, Metric, generate_latest, make_wsgi_app
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -34,6 +38,13 @@ ENGINE_FAILURE = 70
 _CANNOT_START = (1, 2, 3)
 """Exit codes of a process that would fail in the same way again."""
 
+_STARTED_S = 60.0
+"""Whoever lives longer has started, whatever its exit code."""
+
+_SCRAPES = 4
+"""Connections of the metrics' own port at once, each with a thread and up to 6 MB of headers."""
+
+_SCRAPE_TIMEOUT_S = 5.0
 _RESPAWN_DELAY_S = 1.0
 _GATHER_TIMEOUT_S = 2.0
 _START_POLL_S = 0.05
@@ -93,7 +104,8 @@ def supervise(settings: Settings, command: Sequence[str]) -> int:
                 continue
             lived_s = time.monotonic() - started.pop(pid)
             code = os.waitstatus_to_exitcode(status)
-            if not stopping and code in _CANNOT_START:
+            socket_path(Path(folder), pid).unlink(missing_ok=True)  # if it was killed
+            if not stopping and code in _CANNOT_START and lived_s < _STARTED_S:
                 logger.critical("process %d does not start (exit code %d); stopping", pid, code)
                 failed = code
                 stop()
@@ -121,13 +133,18 @@ async def tell_metrics(folder: Path, registry: CollectorRegistry) -> AsyncIterat
             await writer.drain()
         writer.close()
 
-    path = folder / f"{os.getpid()}.sock"
+    path = socket_path(folder, os.getpid())
     server = await asyncio.start_unix_server(tell, path)
     try:
         yield
     finally:
         server.close()
         path.unlink(missing_ok=True)
+
+
+def socket_path(folder: Path, pid: int) -> Path:
+    """Where that process tells its metrics."""
+    return folder / f"{pid}.sock"
 
 
 class Siblings(Collector):
@@ -159,8 +176,8 @@ def _read(path: Path) -> bytes:
             connection.connect(str(path))
             while piece := connection.recv(65536):
                 text += piece
-    except ConnectionRefusedError:  # it was killed
-        path.unlink(missing_ok=True)
+    except (ConnectionRefusedError, FileNotFoundError):  # it was killed, or has just begun
+        return b""
     except OSError as error:
         logger.warning("process %s does not tell its metrics: %s", path.stem, error)
         return b""
@@ -188,16 +205,58 @@ def serve_metrics(settings: Settings, registry: CollectorRegistry) -> Callable[[
     """
     if settings.metrics_port is None:
         return lambda: None
+    server_class = _MetricsServer6 if ":" in settings.host else _MetricsServer
     try:
-        server, thread = start_http_server(settings.metrics_port, settings.host, registry)
+        server = make_server(settings.host, settings.metrics_port, make_wsgi_app(registry), server_class, _MetricsHandler)
     except OSError as error:
         raise StartupError(f"CONVMIXER_METRICS_PORT={settings.metrics_port}: {error.strerror}") from error
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
 
     def close() -> None:
         server.shutdown()
+        server.server_close()
         thread.join()
 
     return close
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    """As prometheus_client's, whose threads and patience have no bound."""
+
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._free = threading.BoundedSemaphore(_SCRAPES)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing of clients that were too slow, or left."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class _MetricsServer6(_MetricsServer):
+    address_family = socket.AF_INET6
+
+
+class _MetricsHandler(WSGIRequestHandler):
+    timeout = _SCRAPE_TIMEOUT_S
+
+    def log_message(self, *_: object) -> None:
+        """Nothing of every scrape."""
 
 
 def command_line() -> list[str]:

@@ -5,6 +5,7 @@ The web application and the command line's local `classify` share it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -35,6 +36,8 @@ class Service:
 
     Attributes:
         siblings: folder in which the processes behind one address meet (`app.processes`); None if there is one process.
+        gathering: held while the metrics of all processes are gathered.
+        gathered: time.monotonic() at which they last were, and what came of it.
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
         drain_by: time.monotonic() at which what is in work must be done; None until the server has begun to wait for it.
         watchers: told of answers: the access log, the traces.
@@ -48,6 +51,7 @@ class Service:
         self.leaving = False
         self.drain_by: float | None = None
         self.siblings: Path | None = None
+        self.gathering, self.gathered = asyncio.Lock(), (-math.inf, b"")
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
         cores = max(1, (settings.cores or available_cores()) // settings.processes)

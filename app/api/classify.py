@@ -38,7 +38,8 @@ router = APIRouter()
 _OTHER_MARKS = 100
 """Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
 
-_JSON_OBJECT = re.compile(rb"[ \t\r\n]*\{")
+_JSON_CONTAINER = re.compile(rb"[ \t\r\n]*[\[{]")
+_LONG_JSON = 256 * 1024
 
 _CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
 _MOST_TEXT = 1024
@@ -197,7 +198,9 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
-        uploads = _read_json(await read_body(request), max_images)
+        body = await read_body(request)
+        short = len(body) < _LONG_JSON
+        uploads = _read_json(body, max_images) if short else await run_in_threadpool(_read_json, body, max_images)
     elif media_type in RAW_TYPES or not media_type:
         uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
@@ -243,7 +246,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
 
 def _read_json(body: bytes, max_images: int) -> list[Upload]:
     # millions of items would be built before they could be counted; base64 has none of these bytes
-    if _JSON_OBJECT.match(body) and body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
+    if _JSON_CONTAINER.match(body) and body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
         raise _too_many(max_images)
     try:
         encoded = ClassifyJson.model_validate_json(body).images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,6 +17,8 @@ from app.service import Service
 
 router = APIRouter()
 metrics_router = APIRouter()
+_GATHERED_FOR_S = 1.0
+
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ProbeAnswer, "description": "Not so; `reason` says why."}}
 
 
@@ -37,9 +41,7 @@ async def metrics(request: Request) -> Response:
     if service.siblings is None:
         text = generate_latest(service.metrics.registry)
     else:
-        registry = CollectorRegistry()
-        registry.register(Siblings(service.siblings))
-        text = await run_in_threadpool(generate_latest, registry)
+        text = await _gather(service, service.siblings)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -62,6 +64,17 @@ async def model(request: Request) -> ModelCard:
         batch_ms={size: round(ms, 3) for size, ms in service.calibration.batch_ms.items()},
         images_per_second={count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
     )
+
+
+async def _gather(service: Service, siblings: Path) -> bytes:
+    """Everybody's metrics, at most once a second: all of them have to be asked."""
+    async with service.gathering:
+        if time.monotonic() > service.gathered[0] + _GATHERED_FOR_S:
+            registry = CollectorRegistry()
+            registry.register(Siblings(siblings))
+            text = await run_in_threadpool(generate_latest, registry)
+            service.gathered = time.monotonic(), text
+        return service.gathered[1]
 
 
 def _service(request: Request) -> Service:

@@ -124,18 +124,21 @@ class Scheduler:
         with self._admission:
             if self._draining:
                 raise NotServing("the service is shutting down; send the request again, to another replica", retry_after_s=1)
+            deadline = now + timeout_s
             keys = [self._key(data, explain) for data in images]
             # counted before anything is made: a refusal must cost next to nothing when they come by thousands
-            count = self._count_new(keys)
+            count = self._count_new(keys, deadline)
             if count and (refusal := self._refusal(count, timeout_s)):
                 raise refusal
             futures: list[Future[Outcome]] = []
             for data, key in zip(images, keys, strict=True):
-                asker = Asker(now + timeout_s)
+                asker = Asker(deadline)
                 futures.append(asker.future)
                 if key is not None and (twin := self._open.get(key)):
-                    twin.askers.append(asker)
-                    continue  # at most 64 KiB, which may wait for its turn though all have left
+                    if _is_in_time(twin, deadline):
+                        twin.askers.append(asker)
+                        continue  # at most 64 KiB, which may wait for its turn though all have left
+                    key = None  # noqa: PLW2901 - nobody can join what is not the first of its kind
                 item = Item(data, explain, [asker], Timing(now), key)
                 if key is None:
                     asker.future.on_cancel = item.forget
@@ -170,11 +173,16 @@ class Scheduler:
         """What makes two images the same work; None if it is not looked for."""
         return (data, explain) if self._coalesce and isinstance(data, bytes) and len(data) <= _COALESCED_BYTES else None
 
-    def _count_new(self, keys: list[Key | None]) -> int:
-        """How many of a request's images are not in flight yet, twins among themselves counted once."""
-        known = {key for key in keys if key is not None}
-        # `known - self._open.keys()` would look at every image in flight
-        return keys.count(None) + sum(key not in self._open for key in known)
+    def _count_new(self, keys: list[Key | None], deadline: float) -> int:
+        """How many of a request's images are work: those in flight in time are not, twins among themselves count once."""
+        count = keys.count(None)
+        for key in {key for key in keys if key is not None}:  # minus `self._open.keys()` would look at all of those
+            twin = self._open.get(key)
+            if twin is None:
+                count += 1
+            elif not _is_in_time(twin, deadline):
+                count += keys.count(key)
+        return count
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -406,6 +414,11 @@ class Scheduler:
             error.forget_origin()
         for future in self._close(item):
             future.set_exception(error)
+
+
+def _is_in_time(item: Item, deadline: float) -> bool:
+    """Whether somebody with that deadline may wait for it: its turn may come as late as its first asker would take it."""
+    return not item.askers or item.askers[0].deadline <= deadline
 
 
 def _is_large(item: Item) -> bool:

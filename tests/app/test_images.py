@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -242,12 +243,23 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_walked(picture):
     one, all_three = b"\xff\xda\0\x08\1\1\0\0\x3f\0", baseline[scan : scan + 14]
     with pytest.raises(UndecodableImage, match="40 scans"):
         decode(baseline[:scan] + one + all_three * 100 + b"\xff\xd9")
+    # behind the end of nothing but tables, with which libjpeg goes on
+    many = progressive[:last] + progressive[last:-2] * 100 + b"\xff\xd9"
+    for front in (b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xf0\xff\xff"):
+        with pytest.raises(UndecodableImage, match="40 scans"):
+            decode(front + many)
     # behind a marker that has no length: libjpeg, lost among restarts, looks for the next right behind it
     hidden = b"\xff\xdd\0\4\0\1" + progressive[last:-2] + b"\xff\x02\xfd\xfd" + progressive[last:-2] * 100
     with pytest.raises(UndecodableImage, match="40 scans"):
         decode(progressive[:last] + hidden + b"\xff\xd9")
     with pytest.raises(UndecodableImage, match="arithmetic"):
         decode(baseline.replace(b"\xff\xc0", b"\xff\xc9"))
+    # fewer of a larger one
+    large = encode(Image.new("L", (1000, 1000)), "JPEG", progressive=True)
+    last_of_large = large.rindex(b"\xff\xda")
+    assert decode(large[:last_of_large] + large[last_of_large:-2] * 8 + b"\xff\xd9").shape == (32, 32, 3)
+    with pytest.raises(UndecodableImage, match="many of a large picture"):
+        decode(large[:last_of_large] + large[last_of_large:-2] * 20 + b"\xff\xd9")
     # what only looks like scans: in a comment, and behind the end
     many = b"\xff\xda\0\2" * 100
     comment = b"\xff\xfe" + struct.pack(">H", 2 + len(many)) + many
@@ -258,6 +270,16 @@ def tiff(entries: list[tuple[int, int, int, bytes]], more: bytes = b"") -> bytes
     """An EXIF block: entries of tag, type, count and value or offset; what they point to."""
     directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *entry) for entry in entries) + bytes(4)
     return b"II*\0" + struct.pack("<I", 8) + directory + more
+
+
+def test_bytes_that_decode_to_nothing_are_looked_at_once(picture):
+    """Pillow hands libjpeg what could not be decoded yet again and again, with 64 KiB more each time."""
+    jpeg = encode(picture, "JPEG")
+    begin = jpeg.index(b"\xff\xda") + 14
+    before = time.thread_time()
+    with contextlib.suppress(UndecodableImage):
+        decode(jpeg[:begin] + b"\xff" * 32_000_000)
+    assert time.thread_time() - before < 2, "it was six and more"
 
 
 def test_exif_is_read_no_further_than_the_orientation(picture):

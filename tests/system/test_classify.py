@@ -243,6 +243,13 @@ def test_bad_bodies_get_a_problem_document(client, content, content_type, expect
     assert problem(client.post("/classify", content=content, headers={"Content-Type": content_type})) == expected
 
 
+@pytest.mark.parametrize("begin", [b'{"images": [', b" [", b'{"images": '])
+def test_items_of_json_are_counted_before_they_are_made(client, begin):
+    content = begin + b"[0]," * 100_000 + b"0]"
+    response = client.post("/classify", content=content, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (413, "too_many_images")
+
+
 def test_a_form_is_not_parsed_where_that_could_take_long(client, samples):
     part = b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + samples[0].data
     for content, charset, reason in (

@@ -422,6 +422,38 @@ def test_images_of_clients_that_left_do_not_wait_for_their_turn(start, samples):
         assert resident_mib(server) < before + 16 + 6000 * 6000 * 4 / 2**20
 
 
+def test_probes_are_answered_though_every_connection_is_busy(start, samples):
+    server = start(max_connections=4, workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
+    url = server.wait_until_ready()
+    buffer = io.BytesIO()
+    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
+    with ExitStack() as stack:
+        busy = [stack.enter_context(connect(url)) for _ in range(4)]
+        for connection in busy:
+            connection.sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
+        received = []
+        for path in (b"/readyz", b"/classify", b"/livez?verbose"):
+            with connect(url) as connection:
+                connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                received += [status for status, _, _ in answers(connection)]
+        assert received == [200, 503, 200]
+        assert [next(answers(connection))[0] for connection in busy] == [200] * 4
+
+
+def test_a_client_that_does_not_read_makes_room(start):
+    server = start(max_connections=4)
+    url = server.wait_until_ready()
+    with ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(connect(url, SO_RCVBUF=4096))
+            connection.sendall(b"GET /card HTTP/1.1\r\nHost: x\r\n\r\n" * 32)
+        while True:
+            with connect(url) as connection:
+                connection.sendall(b"GET /model HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                if [status for status, _, _ in answers(connection)] == [200]:
+                    break
+
+
 def test_idle_connections_make_room_for_new_ones(impatient, samples):
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(impatient)) for _ in range(30)]

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -80,6 +81,18 @@ def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
     assert server.wait() != 0
     assert "cannot be read" in server.log
     assert "it is replaced" not in server.log
+
+
+def test_the_metrics_port_takes_a_few_connections_and_waits_for_none(start):
+    server = start(processes=2, metrics_port=(port := free_port()))
+    server.wait_until_ready()
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(20)]
+        assert [connection.recv(1) for connection in silent[4:]] == [b""] * 16
+        assert [connection.recv(1) for connection in silent[:4]] == [b""] * 4
+    assert httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).status_code == 200
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
 
 
 def test_the_metrics_port_tells_of_all(start):
