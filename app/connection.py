@@ -103,7 +103,7 @@ class Protocol(HttpToolsProtocol):
         return Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections")
 
     def _make_room(self) -> bool:
-        """Closes the connection that has waited longest for its client; False if none waits."""
+        """Closes who has waited longest for its client, or does not read its answer; False if there is nobody."""
         for connection in list(islice(self.idle, _LOOKS)):
             if connection.transport.is_closing():
                 del self.idle[connection]

@@ -48,7 +48,7 @@ class ServiceError(Exception):
 
 
 class MalformedRequest(ServiceError):
-    """The body is no valid JSON, multipart or base64, or holds no image at all."""
+    """The request cannot be read: no valid HTTP, JSON, form or tensors, or no image in it."""
 
     status = HTTPStatus.BAD_REQUEST
     code = "malformed_request"
@@ -135,7 +135,7 @@ class ReceiveTimeout(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The queue is full, or the predicted wait passes the request's deadline. Always has `retry_after_s`."""
+    """No room (queue, held bytes, connections), or the predicted wait passes half of the deadline. Always has `retry_after_s`."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
@@ -151,7 +151,7 @@ class NotServing(ServiceError):
 
 
 class DeadlineExceeded(ServiceError):
-    """The deadline (`X-Deadline-Ms` or `CONVMIXER_DEADLINE_MS`) passed before the image's turn came."""
+    """The deadline (`X-Deadline-Ms` or `CONVMIXER_DEADLINE_MS`) passed before the image's turn, or while the request arrived."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
     code = "deadline_exceeded"

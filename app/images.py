@@ -183,7 +183,7 @@ def decode_image(
     Raises:
         UnsupportedImage: none of the formats above (415).
         ImageTooLarge: over a limit (413).
-        UndecodableImage: damaged (422).
+        UndecodableImage: damaged, or made so that decoding takes too long (422).
     """
     try:
         if data.startswith(b"\xff\xd8"):

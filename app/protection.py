@@ -1,4 +1,4 @@
-"""A pure-ASGI guard in front of every route: request id, body size.
+"""A pure-ASGI guard in front of every route: request id, keys, body size; cookies are taken out.
 
 Not a BaseHTTPMiddleware: that costs more than a whole route. The size is checked while bytes stream in, so also for
 chunked bodies without Content-Length. How long they may take is the server's business (`app.connection`).

@@ -108,7 +108,7 @@ class Service:
             watcher(exchange)
 
     def close(self) -> None:
-        """Drains: everything accepted is answered, within `drain_timeout_s`."""
+        """Drains: everything accepted is answered, within what is left of `drain_timeout_s`, but at least a second."""
         allowed_s = self.settings.drain_timeout_s
         left_s = allowed_s if self.drain_by is None else max(_LAST_BATCH_S, self.drain_by - time.monotonic())
         if not self.scheduler.drain(left_s):

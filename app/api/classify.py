@@ -111,7 +111,7 @@ del _PROBLEM_SCHEMA["$defs"]
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     int(status): {"description": text, "content": {"application/problem+json": {"schema": _PROBLEM_SCHEMA}}}
     for status, text in {
-        HTTPStatus.BAD_REQUEST: "The body is malformed.",
+        HTTPStatus.BAD_REQUEST: "The request cannot be read.",
         HTTPStatus.REQUEST_TIMEOUT: "The body did not arrive in time.",
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Too many bytes, pixels or images.",
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "Not a type of body or image that is read here.",

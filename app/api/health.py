@@ -24,7 +24,7 @@ _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ProbeAnswer, "de
 
 @router.get("/livez", response_model=ProbeAnswer, responses=_UNAVAILABLE, summary="Is the process worth keeping?")
 async def livez(request: Request) -> Response:
-    """503 when an inference worker has died or hangs: restart the process."""
+    """503 when an inference worker has died or hangs, or the model fails on everything: restart the process."""
     return _probe(_service(request).scheduler.failure())
 
 

@@ -222,7 +222,7 @@ class Scheduler:
             thread.join(max(0.0, give_up - time.monotonic()))
         left = list(iter(self._take, None))
         for item in left:
-            self._fail(item, NotServing("the service shut down before the image's turn came"))
+            self._fail(item, NotServing("the service shut down before the image's turn came", retry_after_s=1))
         return not left and not any(t.is_alive() for t in self._threads)
 
     def _take(self) -> Item | None:

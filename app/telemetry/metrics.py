@@ -134,7 +134,7 @@ class Metrics(Collector):
     def _counted(self) -> Iterator[Metric]:
         yield _counter("convmixer_requests", "Answers of the model's paths by HTTP status.", "status", self._requests)
         yield _counter("convmixer_failures", "Failed requests and images by error code.", "code", self._failures)
-        yield _counter("convmixer_refused", "Requests refused before any work on them, by reason.", "reason", self._refused)
+        yield _counter("convmixer_refused", "Requests refused for want of room or time, by reason.", "reason", self._refused)
         yield CounterMetricFamily("convmixer_images", "Images classified.", self._images)
         yield CounterMetricFamily(
             "convmixer_out_of_distribution", "Images that probably show none of the classes.", self._strangers
