@@ -117,6 +117,7 @@ class Protocol(HttpToolsProtocol):
             connection = cast("Protocol", other)
             if (connection._stuck_since or self.active) < stuck_before:
                 connection._cut_off()
+                self.connections.discard(connection)  # or the next one would find it, too
                 return True
         return False
 

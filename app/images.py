@@ -62,10 +62,12 @@ _MOST_MARKERS = 10_000
 _MOST_EXIF = 128 * 1024
 """In a JPEG: two segments. What cameras write is shorter than one."""
 
-_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xdd\xe0-\xef\xfe])")
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xc7\xc9-\xcf\xd9-\xdf\xe0-\xef\xfe])")
 """The end, and those that have a length for libjpeg and for Pillow: either passes over others, and reads on right behind them."""
-_JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc3\xc5\xc6\xc7", b"\xc2\xc6"
-_JPEG_ARITHMETIC = b"\xc9\xca\xcb\xcd\xce\xcf"
+_JPEG_FRAMES, _JPEG_PROGRESSIVE = b"\xc0\xc1\xc2\xc5\xc6\xc7", b"\xc2\xc6"
+_JPEG_UNREAD = b"\xc3\xc9\xca\xcb\xcd\xce\xcf"
+_JPEG_WINDOW = 64 * 1024
+"""Bytes searched at once: a search keeps the interpreter to itself, and 32 MiB of fill bytes take a second."""
 _TIFF_INTEGERS = {1: 1, 3: 2, 4: 4}
 """Bytes of a number by its type: BYTE, SHORT, LONG."""
 
@@ -198,8 +200,8 @@ def decode_image(
             if image.format == "JPEG":
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
             warnings = ["animation: only the first frame was classified"] if getattr(image, "is_animated", False) else []
-            # in one piece: what cannot be decoded yet would be looked at again with each
-            image.decodermaxblock = len(data)
+            if image.format in {"JPEG", "MPO"}:  # in one piece: what cannot be decoded yet would be looked at again with each
+                image.decodermaxblock = len(data)
             image.load()
             full = _to_8_bit(_upright(image), warnings)
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
@@ -247,13 +249,14 @@ def _check_jpeg(data: bytes, limits: DecodeLimits) -> None:
 
     Raises:
         UndecodableImage: too many scans or segments, or too long an EXIF block: Pillow makes an object of each of its numbers;
-            or arithmetic coding, which no browser reads and which takes several times as long.
+            or lossless or arithmetic coding, which no browser reads, and of which the latter takes several times as long.
     """
     position, scans, exif_bytes, components, pixels, progressive = 2, 0, 0, 0, 0, False
     for _ in range(_MOST_MARKERS):
-        found = _JPEG_MARKER.search(data, position)
-        if not found:
-            return
+        while not (found := _JPEG_MARKER.search(data, position, position + _JPEG_WINDOW)):
+            position += _JPEG_WINDOW - 1
+            if position >= len(data):
+                return
         marker, position = found[1], found.end()
         if marker == b"\xd9":
             if scans:
@@ -264,8 +267,10 @@ def _check_jpeg(data: bytes, limits: DecodeLimits) -> None:
             components, progressive = int.from_bytes(data[position + 7 : position + 8]), marker in _JPEG_PROGRESSIVE
             height, width = data[position + 3 : position + 5], data[position + 5 : position + 7]
             pixels = int.from_bytes(height) * int.from_bytes(width)
-        elif marker in _JPEG_ARITHMETIC:
-            raise UndecodableImage("arithmetic coding is not read here; encode the image again, with Huffman coding")
+        elif marker in _JPEG_UNREAD:
+            raise UndecodableImage(
+                "lossless and arithmetic coding are not read here; encode the image again, as browsers read it"
+            )
         elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
             exif_bytes += length
             if exif_bytes > _MOST_EXIF:

@@ -237,9 +237,16 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        def end() -> None:
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(_SCRAPE_TIMEOUT_S, end)
+        timer.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            timer.cancel()
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -253,8 +260,6 @@ class _MetricsServer6(_MetricsServer):
 
 
 class _MetricsHandler(WSGIRequestHandler):
-    timeout = _SCRAPE_TIMEOUT_S
-
     def log_message(self, *_: object) -> None:
         """Nothing of every scrape."""
 

@@ -40,6 +40,8 @@ _OTHER_MARKS = 100
 
 _JSON_CONTAINER = re.compile(rb"[ \t\r\n]*[\[{]")
 _LONG_JSON = 256 * 1024
+_SHOWN = 100
+"""Characters of a client's own key that an error repeats."""
 
 _CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
 _MOST_TEXT = 1024
@@ -182,7 +184,7 @@ def _answer(
     exchange.timings = timings
     if not answered:
         exchange.code, exchange.error = errors[0].code, errors[0]
-        return _all_failed(errors, predictions, exchange.request_id)
+        return _all_failed(service, errors, predictions, exchange.request_id)
     body: ClassifyAnswer = {
         "model": {"name": service.metadata.name, "version": service.metadata.version},
         "predictions": predictions,
@@ -252,7 +254,7 @@ def _read_json(body: bytes, max_images: int) -> list[Upload]:
         encoded = ClassifyJson.model_validate_json(body).images
     except ValidationError as error:
         reason = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in reason["loc"]) or "body"
+        where = ".".join(str(part) for part in reason["loc"])[:_SHOWN] or "body"
         raise MalformedRequest(f'the JSON body must be {{"images": ["<base64>", …]}}; {where}: {reason["msg"]}') from error
     if len(encoded) > max_images:
         raise _too_many(max_images)
@@ -270,11 +272,12 @@ def _from_base64(text: str) -> Upload:
         return Upload(b"", error=UndecodableImage("the string is not base64 (RFC 4648); encode the whole image file"))
 
 
-def _all_failed(errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:
+def _all_failed(service: Service, errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:
     """A problem document with the status of the failure if there is one kind of it, else 422, and each image's reason."""
     if len(errors) == 1:
         return problem_response("/classify", errors[0], request_id)
     same = len({type(error) for error in errors}) == 1
     summary = errors[0] if same else UndecodableImage("")
     summary = type(summary)(f"all {len(errors)} images failed; `predictions` has each one's reason")
-    return problem_response("/classify", summary, request_id, predictions)
+    problem = problem_response("/classify", summary, request_id, predictions)  # with the names of all files, it may be long
+    return CountedResponse(service, bytes(problem.body), status_code=problem.status_code, headers=dict(problem.headers))

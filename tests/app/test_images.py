@@ -252,8 +252,14 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_walked(picture):
     hidden = b"\xff\xdd\0\4\0\1" + progressive[last:-2] + b"\xff\x02\xfd\xfd" + progressive[last:-2] * 100
     with pytest.raises(UndecodableImage, match="40 scans"):
         decode(progressive[:last] + hidden + b"\xff\xd9")
-    with pytest.raises(UndecodableImage, match="arithmetic"):
-        decode(baseline.replace(b"\xff\xc0", b"\xff\xc9"))
+    # in a segment that Pillow passes over, though libjpeg knows no such
+    false_end = b"\xff\xc0\0\x0b\x08\0\1\0\1\1\1\x11\0" + b"\xff\xda\0\x08\1"
+    exif = b"\xff\xe1" + struct.pack(">H", 65_002) + b"Exif\0\0" + bytes(64_994)
+    with pytest.raises(UndecodableImage, match="EXIF"):
+        decode(baseline[:2] + b"\xff\xdf" + struct.pack(">H", 2 + len(false_end)) + false_end + exif * 3 + baseline[2:])
+    for kind in (b"\xff\xc3", b"\xff\xc9"):
+        with pytest.raises(UndecodableImage, match="arithmetic"):
+            decode(baseline.replace(b"\xff\xc0", kind))
     # fewer of a larger one
     large = encode(Image.new("L", (1000, 1000)), "JPEG", progressive=True)
     last_of_large = large.rindex(b"\xff\xda")
@@ -280,6 +286,16 @@ def test_bytes_that_decode_to_nothing_are_looked_at_once(picture):
     with contextlib.suppress(UndecodableImage):
         decode(jpeg[:begin] + b"\xff" * 32_000_000)
     assert time.thread_time() - before < 2, "it was six and more"
+
+
+def test_a_tiny_file_of_a_large_picture_is_decoded_in_large_pieces():
+    """Pillow copies what it has of a line for each piece; of the file's own length they would be millions."""
+    small = encode(Image.new("RGB", (2000, 500)), "WEBP", lossless=True)
+    assert len(small) < 200
+    heartbeats: list[None] = []
+    before = time.thread_time()
+    decode_image(small, RULE, LIMITS, heartbeat=lambda: heartbeats.append(None))
+    assert time.thread_time() - before < 0.1
 
 
 def test_exif_is_read_no_further_than_the_orientation(picture):

@@ -250,6 +250,12 @@ def test_items_of_json_are_counted_before_they_are_made(client, begin):
     assert (response.status_code, response.json()["code"]) == (413, "too_many_images")
 
 
+def test_an_error_repeats_no_more_than_the_begin_of_what_was_sent(client):
+    response = client.post("/classify", json={"images": ["x"], "a" * 100_000: 1})
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+
+
 def test_a_form_is_not_parsed_where_that_could_take_long(client, samples):
     part = b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + samples[0].data
     for content, charset, reason in (
