@@ -311,6 +311,24 @@ PRESETS: dict[str, Preset] = {
         cost="not known yet",
         result="not known yet",
     ),
+    "cpu-6": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, erase=0.25),
+            epochs=7,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.003,
+            muon_lr=0.003,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+            seed=1,
+        ),
+        source="ours: a short sixth cycle, begun with what `cpu-5` ended with (--init), to be averaged with it",
+        cost="not known yet",
+        result="not known yet",
+    ),
     "small": Preset(
         TrainConfig(
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
