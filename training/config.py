@@ -308,26 +308,8 @@ PRESETS: dict[str, Preset] = {
             ema_decay=0.999,
         ),
         source="ours: a fifth, long cycle on a CPU with bf16, begun with `releases/wide`, its kernels grown from 5 to 7 (--init)",
-        cost="not known yet",
-        result="not known yet",
-    ),
-    "cpu-6": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, erase=0.25),
-            epochs=7,
-            batch_size=64,
-            optimizer="muon",
-            lr=0.003,
-            muon_lr=0.003,
-            warmup=0.05,
-            weight_decay=0.02,
-            ema_decay=0.999,
-            seed=1,
-        ),
-        source="ours: a short sixth cycle, begun with what `cpu-5` ended with (--init), to be averaged with it",
-        cost="not known yet",
-        result="not known yet",
+        cost="98 minutes on two Zen 5 cores, bf16, beside other work (307 images a second)",
+        result="93.65 % on the test set, one run: the model that ships (docs/model-card.md)",
     ),
     "small": Preset(
         TrainConfig(

@@ -104,7 +104,7 @@ def test_the_released_checkpoint_builds_and_keeps_its_name(repository: Path, new
     released = load_checkpoint(repository / "releases" / "fast" / "model.safetensors")
     described = {name: value for name, value in released.description["model"].items() if name not in newer}
     checkpoint = Checkpoint(released.tensors, {**released.description, "model": described})
-    assert build_model(checkpoint).config.name == released.description["name"] == "convmixer-192-8-k5-p2"
+    assert build_model(checkpoint).config.name == released.description["name"] == "convmixer-256-8-k7-p2"
 
 
 def test_names_tell_what_is_not_the_papers() -> None:
