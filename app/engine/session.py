@@ -129,7 +129,8 @@ class Session:
         side = self.metadata.input_size
         noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
         (exact,) = _create(model, "cpu", "f32").run(["logits"], {"images": noise})
-        if np.allclose(self.infer(noise).logits, exact, atol=_REPEATABLE["f32"]):
+        # of the largest: a network with small logits is rounded by little, too
+        if np.allclose(self.infer(noise).logits, exact, rtol=0, atol=_REPEATABLE["f32"] * np.abs(exact).max()):
             raise StartupError(
                 f"CONVMIXER_PRECISION={self._precision}, but on this CPU, which lacks it, OpenVINO computes in f32; "
                 "set CONVMIXER_PRECISION=f32"
