@@ -287,8 +287,7 @@ def test_parameters_out_of_range(client, samples, parameters, headers):
 def test_a_path_with_a_lines_end_is_not_the_path_before_it(client, samples):
     for path in ("/classify%0A", "/v2/models/fast/infer%0A", "/livez%0A"):
         response = client.post(path, content=samples[0].data, headers={"Content-Type": "image/webp"})
-        assert response.status_code == 400, path
-        assert "control characters" in response.text
+        assert response.status_code == 404, path
 
 
 def test_unknown_paths_and_methods_get_problem_documents_too(client):
