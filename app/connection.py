@@ -86,6 +86,7 @@ class Protocol(HttpToolsProtocol):
         self._deaf = False
         self._stuck_since: float | None = None
         self._for_probes = False
+        self._last = False  # the connection ends with the request that is arriving
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected (asyncio)."""
@@ -135,7 +136,8 @@ class Protocol(HttpToolsProtocol):
         self.idle.pop(self, None)
         # the parser rests: it has not even seen an empty line, which may stand before a request
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
-        image = self._repeated.image(data) if whole and self._repeated and not self.flow.write_paused else None
+        repeats = whole and not self.flow.write_paused and not self._last
+        image = self._repeated.image(data) if repeats and self._repeated else None
         if self._repeated and image is not None:
             if refusal.refuse(self, self._repeated.head, image):
                 self.server_state.total_requests += 1
@@ -199,6 +201,8 @@ class Protocol(HttpToolsProtocol):
             super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
         self._in_headers, self._header_bytes = False, 0
+        if self._last:
+            self.cycle.keep_alive = False
 
     def _start_raw(self, head: raw_image.Head) -> raw_image.RawImageRequest:
         self._raw = raw_image.RawImageRequest(self, head)
@@ -272,6 +276,16 @@ class Protocol(HttpToolsProtocol):
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
             self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))
+
+    def shutdown(self) -> None:
+        """The server ends (uvicorn): so does the connection, after the answer to a request that is in work or has been sent."""
+        busy = self.cycle is not None and not self.cycle.response_complete
+        if busy or self.transport.is_closing():
+            super().shutdown()
+        elif not self._between or self._header_bytes or _has_something_to_read(self.transport):
+            self._last = True
+        else:
+            self.transport.close()
 
     def refuse_unfinished(self) -> None:
         """Ends the connection if its request is still arriving: the process is about to end."""
