@@ -279,8 +279,9 @@ def restarts(times: int) -> Finding:
         good, silent, bad = (sum(counts) for counts in zip(*results, strict=True))
         answered, unheard, lost = answered + good, unheard + silent, lost + bad
     figure = (
-        f"{times} times: {answered:,} answered, {lost} cut off in the middle, {unheard} that had connected before SIGTERM closed "
-        f"without a byte, {halves} of {times} half-sent uploads finished after SIGTERM and answered; exit codes {sorted(set(codes))}"
+        f"{times} times: {answered:,} answered, {lost} cut off in the middle, {unheard} that had connected before SIGTERM "
+        f"closed without a byte, {halves} of {times} half-sent uploads finished after SIGTERM and answered; "
+        f"exit codes {sorted(set(codes))}"
     )
     kept = not lost and unheard <= times and halves == times and set(codes) == {0}
     return Finding("Restarts lose nothing", figure, kept)
