@@ -193,7 +193,8 @@ def decode_image(
         with Image.open(_CountedReads(_with_a_third_colour(data), heartbeat), formats=FORMATS) as image:
             _check_size(image, limits)
             key = image.info.get("transparency")
-            if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):  # Pillow halves the bits of pixels alone
+            # Pillow shortens pixels to 8 bits, but not the colour that is transparent
+            if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):
                 image.info["transparency"] = tuple(value >> 8 for value in key)
             announce(image.width * image.height)
             shape = _doubts_about_shape(image.size, rule)

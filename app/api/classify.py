@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.api.inference import CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
+from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.problems import problem_response
 from app.engine.outcome import Outcome, Timing
 from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
@@ -39,7 +39,6 @@ _OTHER_MARKS = 100
 """Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
 
 _JSON_CONTAINER = re.compile(rb"[ \t\r\n]*[\[{]")
-_LONG_JSON = 256 * 1024
 _SHOWN = 100
 """Characters of a client's own key that an error repeats."""
 
@@ -201,7 +200,7 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
         body = await read_body(request)
-        short = len(body) < _LONG_JSON
+        short = len(body) < SHORT_JSON
         uploads = _read_json(body, max_images) if short else await run_in_threadpool(_read_json, body, max_images)
     elif media_type in RAW_TYPES or not media_type:
         uploads = [Upload(await read_body(request))]

@@ -34,6 +34,9 @@ def deadline_ms(asked: int | None, settings: Settings) -> int:
     return min(asked, settings.max_deadline_ms) if asked else settings.deadline_ms
 
 
+SHORT_JSON = 256 * 1024
+"""Bytes of JSON that are read in less time than a thread would be told to."""
+
 _COUNTED = 64 * 1024
 """Shorter answers are not worth refusing: their requests have been paid for."""
 

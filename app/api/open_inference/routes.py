@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from app import __version__
-from app.api.inference import CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
+from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.codings import compress, decompress
 from app.api.open_inference.schemas import (
@@ -68,9 +68,6 @@ def _service(request: Request) -> Service:
     return service
 
 
-_SMALL = 256 * 1024
-"""Bytes of JSON that are read in less time than a thread would be told to."""
-
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
 
 
@@ -98,7 +95,7 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
         header_length = _header_length(request.headers, len(body))
         parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
         json_bytes = len(body) if header_length is None else header_length
-        call = parse(body, header_length) if json_bytes < _SMALL else await run_in_threadpool(parse, body, header_length)
+        call = parse(body, header_length) if json_bytes < SHORT_JSON else await run_in_threadpool(parse, body, header_length)
         default_s = deadline_ms(asked_ms, settings) / 1000
         deadline_s = min(call.timeout_s, settings.max_deadline_ms / 1000) if call.timeout_s else default_s
         results = await infer(request, call.images, explain=call.explain, deadline_s=deadline_s, begin=exchange.begin)
