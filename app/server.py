@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import resource
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import uvicorn
 
 from app.connection import Protocol
+from app.memory import return_large_buffers
 from app.processes import ENGINE_FAILURE
 from app.settings import Settings
 
@@ -33,10 +33,6 @@ _STARTUP_FAILURE = 3
 _ANSWERED_WITHIN_S = 1.0
 """So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
 
-_LARGE_BUFFER = 2**20
-"""Bytes, from which memory is the system's again when it is freed: pictures of more than a quarter of a megapixel, long bodies.
-What most requests need is smaller, and reused."""
-
 
 def run(app: App, settings: Settings, listening: socket.socket | None = None) -> None:
     """Serves until SIGTERM or SIGINT; open requests are finished first.
@@ -47,7 +43,7 @@ def run(app: App, settings: Settings, listening: socket.socket | None = None) ->
         listening: an open socket in place of the address, shared with other processes (`app.processes`).
     """
     _allow_open_files(settings.max_connections)
-    _return_large_buffers()
+    return_large_buffers()
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -123,14 +119,6 @@ class _Server(uvicorn.Server):
             os._exit(ENGINE_FAILURE)  # threads that hang would keep any other end waiting
         if os.getppid() != self._parent:
             self.should_exit = True
-
-
-def _return_large_buffers() -> None:
-    """Fixes what glibc else learns: once a large buffer was freed, it keeps the next of that size, among smaller ones."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        mmap_threshold = -3
-        libc.mallopt(mmap_threshold, _LARGE_BUFFER)
 
 
 def _allow_open_files(connections: int) -> None:

@@ -44,6 +44,8 @@ CLIENTS = (1, 8, 32, 128)
 MANY_IMAGES = 64
 OVERLOADS = (2, 10)
 DEADLINE_MS = 250
+IDLE_S = 8
+"""By then workers have given back what load has left."""
 REPOSITORY = Path(__file__).parent.parent
 PHOTOS = REPOSITORY / "tests" / "data" / "cifar10"
 
@@ -168,6 +170,8 @@ def main() -> None:
             for factor in OVERLOADS
         ]
         memory_mib = server.memory_mib()
+        time.sleep(IDLE_S)
+        idle_memory_mib = server.memory_mib()
     finally:
         server.stop()
     starts_s = [server.start_s]
@@ -185,6 +189,7 @@ def main() -> None:
         "p99_ms": p99_ms,
         "overload": overload,
         "memory_mib": memory_mib,
+        "idle_memory_mib": idle_memory_mib,
         "start_s": starts_s,
     }
     _print(results)
@@ -268,7 +273,10 @@ def _print(results: dict[str, Any]) -> None:
             f"{sum(row['refused'] for row in rows)} refused in {median:.1f} ms (p99 {p99:.1f}), "
             f"{sum(row['late'] for row in rows)} late"
         )
-    print(f"memory {results['memory_mib']:.0f} MiB; start to first right answer {statistics.median(results['start_s']):.2f} s")
+    print(
+        f"memory {results['memory_mib']:.0f} MiB, idle for {IDLE_S} s {results['idle_memory_mib']:.0f} MiB; "
+        f"start to first right answer {statistics.median(results['start_s']):.2f} s"
+    )
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:

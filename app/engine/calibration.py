@@ -19,8 +19,9 @@ from app.engine.session import Session
 CURVE_S = 0.06
 """Aimed at for the curve; a first pass over the batch sizes is always made."""
 
-THROUGHPUT_S = 0.04
-"""For each number of workers whose rate the curve does not tell."""
+THROUGHPUT_S = 0.02
+"""For each number of workers whose rate the curve does not tell. Little, for a disturbance makes that number of workers look
+worse than it is, and then every core has one, which is right on most machines."""
 
 _LARGEST_BATCH = {"cpu": 8, "cuda": 256, "openvino": 8}
 _AS_GOOD = 1.15

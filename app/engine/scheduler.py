@@ -53,6 +53,10 @@ HANG_TIMEOUT_S = 5.0
 then reports itself dead. The largest picture accepted takes about a second."""
 
 
+_REST_S = 5.0
+"""A worker that had nothing to do for so long gives back the memory that work has left behind."""
+
+
 class Scheduler:
     """Feeds a session from a bounded queue.
 
@@ -248,8 +252,14 @@ class Scheduler:
     def _work(self) -> None:
         me = threading.get_ident()
         untold: list[Answered] = []  # of the batch before
+        rested = True
         while True:
-            first = self._take() if untold else self._waiting.get()
+            try:
+                first = self._take() if untold else self._waiting.get(timeout=None if rested else _REST_S)
+            except queue.Empty:
+                self._rest()
+                rested = True
+                continue
             if first is None:
                 if not untold:
                     return
@@ -263,6 +273,13 @@ class Scheduler:
             finally:
                 del self._busy_since[me]
             del first, batches  # no image is held while the worker waits for the next
+            rested = False
+
+    def _rest(self) -> None:
+        try:
+            self.session.release_memory()
+        except Exception:  # it runs the model, and the worker must live
+            logger.exception("memory could not be given back")
 
     def _gather(self, first: Item) -> list[list[Item]]:
         """This image and what waits behind it: a batch, or a large file, or first the one and then the other."""
