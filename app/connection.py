@@ -260,6 +260,8 @@ class Protocol(HttpToolsProtocol):
         Args:
             now: time.monotonic().
         """
+        if self not in self.connections:
+            return  # lost since the sweep began
         if self.transport.is_closing() or self.transport.get_write_buffer_size():
             self._stuck_since = self._stuck_since or now
             if now - self._stuck_since > self.settings.receive_timeout_s:

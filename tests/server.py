@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -46,9 +47,11 @@ class ServerProcess:
         address = re.search(r"Uvicorn running on (http://[\d.:]+)", self.log)
         assert address, f"the server did not start:\n{self.log}"
         give_up = time.monotonic() + READY_TIMEOUT_S
-        while httpx.get(f"{address[1]}/readyz").status_code != 200:
+        while True:
+            with suppress(httpx.TransportError):  # of several processes the first is announced just before it listens
+                if httpx.get(f"{address[1]}/readyz").status_code == 200:
+                    return address[1]
             assert time.monotonic() < give_up, self.log
-        return address[1]
 
     def wait(self) -> int:
         """Exit code, once the process has ended."""

@@ -80,9 +80,9 @@ def slow_clients(seconds: int) -> list[Finding]:
     for mode, options in _MODES.items():
         with target(receive_timeout_s=RECEIVE_TIMEOUT_S) as server:
             at_rest = _open_files(server.process.pid)
-            usual = Watch(server, seconds / 2, at_rest)
+            usual = Watch(server, seconds, at_rest)
             # attackers have machines of their own; here they take what the service and its customer leave of this one
-            command = ["nice", "-n", "19", "slowhttptest", *options]
+            command = ["chrt", "--idle", "0", "slowhttptest", *options]
             command += ["-c", str(CONNECTIONS), "-r", str(RATE), "-l", str(seconds), "-p", "5"]
             path = "/openapi.json" if mode == "reading" else "/classify"
             attack = subprocess.Popen(

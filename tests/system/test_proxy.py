@@ -102,9 +102,10 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
     labels = expected_labels(cluster.port, bodies)
     requests = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(closed_loop, cluster.port, requests, 4, 8)
+        load = pool.submit(closed_loop, cluster.port, requests, 4, 15)
         assert cluster.restart(0) == 0
         cluster.replicas[1].process.send_signal(signal.SIGKILL)
+        assert not load.done(), "the load was over before the kill"
         tally = load.result()
     assert len(tally.right) == tally.sent > 0
     assert not tally.lost
