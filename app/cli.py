@@ -52,6 +52,7 @@ def serve(
     model: ModelOption = None,
     fd: Annotated[int | None, typer.Option(hidden=True, help="Listening socket of `app.processes`.")] = None,
     siblings: Annotated[Path | None, typer.Option(hidden=True, help="Folder of `app.processes`.")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="Process of `app.processes`.")] = None,
 ) -> None:
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
     from app.telemetry.logs import configure_logging
@@ -72,7 +73,7 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
-        run(create_app(settings, siblings), settings, None if fd is None else socket.socket(fileno=fd))
+        run(create_app(settings, siblings), settings, None if fd is None else socket.socket(fileno=fd), parent)
     except StartupError as error:
         logging.getLogger(__name__).critical("the service does not start: %s", error)
         raise SystemExit(1) from error
@@ -91,10 +92,10 @@ def _spare_the_start() -> None:
 
 
 def _supervise(settings: Settings) -> int:
-    from app.processes import command_line, supervise
+    from app.processes import Supervisor, command_line, environment
 
     try:
-        return supervise(settings, command_line())
+        return Supervisor(settings, command_line(), environment()).run()
     except StartupError as error:
         logging.getLogger(__name__).critical("the service does not start: %s", error)
         return 1

@@ -48,6 +48,7 @@ MAX_PIPELINED = 32
 _MOST_PIPELINED_BODY = 64 * 1024
 """Bytes of requests that wait for the answer to an earlier one: they are not counted as held yet."""
 
+_VERSIONS = ("1.1", "1.0")
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _LOOKS = 64
 """Connections looked at for one that may be closed to make room."""
@@ -132,6 +133,8 @@ class Protocol(HttpToolsProtocol):
         """Bytes have arrived (asyncio)."""
         if self._deaf:
             return
+        if self._between and not self._header_bytes and not (data := data.lstrip(b"\r\n")):
+            return  # an empty line before a request is no part of it (RFC 9112, 2.2)
         self.active = begin = time.monotonic()
         self.idle.pop(self, None)
         # the parser rests: it has not even seen an empty line, which may stand before a request
@@ -185,6 +188,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
+        if self.parser.get_http_version() not in _VERSIONS:  # the parser knows others
+            self._refuse(MalformedRequest("only HTTP/1.1 and 1.0 are spoken here"))
         if self.parser.should_upgrade():  # the parser leaves the body out, and would read it as the next request
             self._refuse(MalformedRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade"))
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -344,10 +349,15 @@ class Protocol(HttpToolsProtocol):
 
     def _answer_nothing(self, error: ServiceError) -> None:
         """Answers where there is no whole request."""
-        exchange = Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
+        # an upload whose route waits for the rest
+        upload = None if self.cycle is None or self.cycle.response_complete else self.cycle.scope["state"].get("exchange")
+        exchange = upload or Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
         response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
         media_type, body = str(response.media_type), bytes(response.body)
         self.write(error.status, media_type, body, problem_headers(error), exchange.request_id, keep_alive=False)
+        if upload:
+            upload.error = error  # the route learns that its client has left, and tells this in its place
+            return
         exchange.finish(response.status_code, len(response.body))
         self.service.metrics.count_failure(error.code, error.reason)
         self.service.tell(exchange)

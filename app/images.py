@@ -13,6 +13,7 @@ import re
 import time
 import warnings as warnings_module
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -294,7 +295,8 @@ def _upright(image: Image.Image) -> Image.Image:
     exif = image.info.get("exif")  # a PNG may have a text of that name
     profile = image.info.get("Raw profile type exif")  # so older ImageMagick writes it into a PNG: three lines, then digits
     if not isinstance(exif, bytes) and isinstance(profile, str) and len(profile) < 4 * _MOST_EXIF:
-        exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+        with suppress(ValueError):  # no digits: then it says nothing, and the picture is none the worse
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
     if not isinstance(exif, bytes):
         return image
     prefix = b"Exif\0\0"  # Pillow puts one before what some files have put one before already
@@ -351,7 +353,7 @@ def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
     if rule.mode == "squash":
         return image.resize(size, method)
     if rule.mode == "pad":
-        return ImageOps.pad(image, size, method, color=(128, 128, 128))
+        return ImageOps.pad(image, size, method, color="#808080")  # grey in every mode
     return ImageOps.fit(image, size, method)
 
 

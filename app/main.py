@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -15,12 +15,13 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.processes import serve_metrics, tell_metrics
 from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.exchange import Exchange
 from app.telemetry.logs import AccessLog
+from app.telemetry.metrics_port import metrics_server
+from app.telemetry.siblings import GatheredMetrics, tell_metrics
 from app.telemetry.traces import open_traces
 
 logger = logging.getLogger(__name__)
@@ -42,21 +43,21 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
-        try:
-            service = Service(settings)
-            service.siblings = siblings
-            # with siblings it is their parent's
-            close_metrics = None if siblings else serve_metrics(settings, service.metrics.registry)
-            close_traces = _watch(settings, service)
-        except StartupError as error:
-            logger.critical("the service does not start: %s", error)
-            raise
-        async with tell_metrics(siblings, service.metrics.registry) if siblings else nullcontext():
+        async with AsyncExitStack() as stack:
+            try:
+                service = Service(settings, share=settings.processes if siblings else 1)
+                close_traces = _watch(settings, service)
+                stack.push_async_callback(run_in_threadpool, close_traces)
+                stack.push_async_callback(run_in_threadpool, service.close)
+                if siblings:
+                    service.gathered = GatheredMetrics(siblings)
+                    await stack.enter_async_context(tell_metrics(siblings, service.metrics.registry))
+                else:  # with siblings it is their parent's
+                    stack.enter_context(metrics_server(settings, service.metrics.registry))
+            except StartupError as error:
+                logger.critical("the service does not start: %s", error)
+                raise
             yield {"service": service}
-        if close_metrics:
-            close_metrics()
-        await run_in_threadpool(service.close)
-        await run_in_threadpool(close_traces)
 
     app = FastAPI(
         title="convmixer-serve",
@@ -86,7 +87,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         return guarded
     # around the guard: a preflight brings no key, and scripts may read only answers that allow it, refusals too
     origins = [origin.strip() for origin in settings.cors_origins.split(",")]
-    exposed = ["X-Request-ID", "Retry-After", "Server-Timing"]
+    exposed = ["X-Request-ID", "Retry-After", "Server-Timing", "Inference-Header-Content-Length"]
     return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from contextlib import contextmanager
 from typing import Any
 
-from app.errors import BodyTooLarge, NotServing, Overloaded, ServiceError, Unauthorized
+from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, Overloaded, ServiceError, Unauthorized
 from app.telemetry.exchange import Exchange, server_timing
 
 Scope = MutableMapping[str, Any]
@@ -149,7 +149,9 @@ class RequestGuard:
         headers = dict(scope["headers"])
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         exchange = _begin(scope, request_id)
-        started = unread = False
+        service = scope["state"]["service"]
+        body = _LimitedBody(receive, self.max_body_bytes, service.bodies)
+        started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -161,42 +163,30 @@ class RequestGuard:
                 timing = server_timing(exchange.timings, exchange.seconds)
                 message["headers"] = [*sent, (b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
                 self.on_response(scope, exchange)
-                if unread:  # the rest of the body is not worth reading
+                if body.unread:  # the rest is not worth reading
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        limit = self.max_body_bytes
-        received = 0
-        service = scope["state"]["service"]
-
-        async def receive_within_limits() -> Message:
-            nonlocal received, unread
-            message = await receive()
-            count = len(message.get("body", b""))
-            received += count
-            unread = True
-            if count:
-                service.bodies.take(count)
-            if received > limit:
-                raise BodyTooLarge(
-                    f"the body has more than {limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"
-                )
-            unread = False
-            return message
-
         try:
-            unread = True
+            body.unread = True
             self._admit(scope, headers)
-            unread = False
-            await self.app(scope, receive_within_limits, send_with_id)
-        except (ServiceError, asyncio.CancelledError) as error:
+            body.unread = False
+            await self.app(scope, body.receive, send_with_id)
+        except ServiceError as error:
             if started:
                 raise
-            failure = error if isinstance(error, ServiceError) else OUT_OF_TIME
-            unread = unread or failure is OUT_OF_TIME
-            await self.answer_failure(scope, failure, send_with_id)
+            await self.answer_failure(scope, error, send_with_id)
+        except asyncio.CancelledError:
+            if started:
+                raise
+            if service.drain_by is None:  # by Ray Serve: its client has left, or it has waited long enough
+                exchange.finish(CLIENT_LEFT, 0)
+                self.on_response(scope, exchange)
+                raise
+            body.unread = True
+            await self.answer_failure(scope, OUT_OF_TIME, send_with_id)
         finally:
-            service.bodies.give_back(received)
+            service.bodies.give_back(body.received)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if scope["path"].startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
@@ -209,8 +199,46 @@ class RequestGuard:
             )
 
 
+class _LimitedBody:
+    """A request's body as it arrives, counted.
+
+    Attributes:
+        received: bytes so far.
+        unread: whether the rest of it is not going to be read.
+    """
+
+    def __init__(self, receive: Receive, limit: int, budget: ByteBudget) -> None:
+        self._receive, self._limit, self._budget = receive, limit, budget
+        self.received, self.unread = 0, False
+
+    async def receive(self) -> Message:
+        """The next message (ASGI).
+
+        Raises:
+            BodyTooLarge: more has come than one request may have.
+            Overloaded: more has come than all may have.
+        """
+        message = await self._receive()
+        count = len(message.get("body", b""))
+        self.received += count
+        self.unread = True
+        if count:
+            self._budget.take(count)
+        if self.received > self._limit:
+            raise BodyTooLarge(
+                f"the body has more than {self._limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"
+            )
+        self.unread = False
+        return message
+
+
 def _begin(scope: Scope, request_id: str) -> Exchange:
     """Puts request id and exchange where routes find them, and takes out what they must not."""
+    # below a prefix (Ray Serve's `route_prefix`) paths are told with it, and everything here knows them without
+    prefix = scope.get("root_path", "").rstrip("/")
+    if prefix and (scope["path"] + "/").startswith(prefix + "/"):
+        scope["path"] = scope["path"][len(prefix) :] or "/"
+        scope["root_path"] = ""  # or the router would take it off once more
     if scope["path"].endswith("\n"):  # a route's `$` lets one pass, of which metrics know nothing; two it does not
         scope["path"] += "\n"
     # nobody wants them, yet FastAPI reads cookies: of 32 KB of backslashes for seconds (CVE-2024-7592)

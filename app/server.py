@@ -18,7 +18,7 @@ import uvicorn
 
 from app.connection import Protocol
 from app.memory import return_large_buffers
-from app.processes import ENGINE_FAILURE
+from app.processes import ExitCode
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from app.service import Service
 
 logger = logging.getLogger(__name__)
-
-_STARTUP_FAILURE = 3
-"""Exit code, as uvicorn's own."""
 
 _ANSWERED_WITHIN_S = 1.0
 """So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
@@ -38,13 +35,14 @@ _SWEPT_AT_ONCE = 64
 """Connections looked at before others have their turn: an attack's, refused together, would hold them up for milliseconds."""
 
 
-def run(app: App, settings: Settings, listening: socket.socket | None = None) -> None:
+def run(app: App, settings: Settings, listening: socket.socket | None = None, parent: int | None = None) -> None:
     """Serves until SIGTERM or SIGINT; open requests are finished first.
 
     Args:
         app: the ASGI application; its lifespan puts the running service into `state["service"]`.
         settings: address, limits and timeouts.
         listening: an open socket in place of the address, shared with other processes (`app.processes`).
+        parent: id of the process that replaces this one, if there is one; without it this one leaves.
     """
     _allow_open_files(settings.max_connections)
     return_large_buffers()
@@ -60,30 +58,31 @@ def run(app: App, settings: Settings, listening: socket.socket | None = None) ->
         log_config=None,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )
-    server = _Server(config)
+    server = _Server(config, parent)
     server.run([listening] if listening else None)
     if not server.started:
-        raise SystemExit(_STARTUP_FAILURE)
+        raise SystemExit(ExitCode.STARTUP_FAILURE)
 
 
 class _Server(uvicorn.Server):
     """Ends what passed its deadline, twice a second: cheaper than a timer for each request. Leaves late, if asked to."""
 
-    _leave_at: float | None = None
-    _failed_ticks = 0
-    _parent = os.getppid()
+    def __init__(self, config: uvicorn.Config, parent: int | None) -> None:
+        super().__init__(config)
+        self._parent = parent
+        self._leave_at: float | None = None
+        self._failed_ticks = 0
 
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()
         if counter % 5 == 0:  # uvicorn ticks ten times a second
             await self._enforce_deadlines(now)
-            service: Service = self.lifespan.state["service"]
-            if service.settings.processes > 1:
-                self._answer_to_parent(service)
+            if self._parent is not None:
+                self._answer_to_parent(self.lifespan.state["service"])
         if not await super().on_tick(counter):
             return False
         if self._leave_at is None:
-            service = self.lifespan.state["service"]
+            service: Service = self.lifespan.state["service"]
             service.leaving = True
             self._leave_at = now + service.settings.shutdown_delay_s
         return self.force_exit or now >= self._leave_at
@@ -122,7 +121,7 @@ class _Server(uvicorn.Server):
         if self._failed_ticks > 1:
             logger.critical("%s; this process ends and is replaced", reason)
             logging.shutdown()  # or that line would be lost
-            os._exit(ENGINE_FAILURE)  # threads that hang would keep any other end waiting
+            os._exit(ExitCode.ENGINE_FAILURE)  # threads that hang would keep any other end waiting
         if os.getppid() != self._parent:
             self.should_exit = True
 

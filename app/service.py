@@ -5,11 +5,10 @@ The web application and the command line's local `classify` share it.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
@@ -22,6 +21,9 @@ from app.settings import Settings
 from app.telemetry.exchange import Exchange, Watcher
 from app.telemetry.metrics import Metrics
 
+if TYPE_CHECKING:
+    from app.telemetry.siblings import GatheredMetrics
+
 logger = logging.getLogger(__name__)
 
 _LAST_BATCH_S = 1.0
@@ -33,11 +35,10 @@ class Service:
 
     Args:
         settings: all of them.
+        share: processes that share this machine's cores (`app.processes`).
 
     Attributes:
-        siblings: folder in which the processes behind one address meet (`app.processes`); None if there is one process.
-        gathering: held while the metrics of all processes are gathered.
-        gathered: time.monotonic() at which they last were, and what came of it.
+        gathered: the metrics of all processes behind one address; None if there is one process.
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
         drain_by: time.monotonic() at which what is in work must be done; None until the server has begun to wait for it.
         watchers: told of answers: the access log, the traces.
@@ -46,15 +47,14 @@ class Service:
         StartupError: the artifact, the provider or a setting is wrong.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, share: int = 1) -> None:
         self.settings = settings
         self.leaving = False
         self.drain_by: float | None = None
-        self.siblings: Path | None = None
-        self.gathering, self.gathered = asyncio.Lock(), (-math.inf, b"")
+        self.gathered: GatheredMetrics | None = None
         verified = read_verified(settings.artifact_path(), settings.model_sha256)
         self.sha256 = verified.sha256
-        cores = max(1, (settings.cores or available_cores()) // settings.processes)
+        cores = max(1, (settings.cores or available_cores()) // share)
         self.session = Session(verified, settings.provider, precision=settings.precision, cores=cores)
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)

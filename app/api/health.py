@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.concurrency import run_in_threadpool
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from app.processes import Siblings
 from app.schemas import ModelCard, ProbeAnswer
 from app.service import Service
 
 router = APIRouter()
 metrics_router = APIRouter()
-_GATHERED_FOR_S = 1.0
 
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": ProbeAnswer, "description": "Not so; `reason` says why."}}
 
@@ -38,10 +33,7 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus text format; of all processes behind this address, if there are several."""
     service = _service(request)
-    if service.siblings is None:
-        text = generate_latest(service.metrics.registry)
-    else:
-        text = await _gather(service, service.siblings)
+    text = await service.gathered.text() if service.gathered else generate_latest(service.metrics.registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -64,17 +56,6 @@ async def model(request: Request) -> ModelCard:
         batch_ms={size: round(ms, 3) for size, ms in service.calibration.batch_ms.items()},
         images_per_second={count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
     )
-
-
-async def _gather(service: Service, siblings: Path) -> bytes:
-    """Everybody's metrics, at most once a second: all of them have to be asked."""
-    async with service.gathering:
-        if time.monotonic() > service.gathered[0] + _GATHERED_FOR_S:
-            registry = CollectorRegistry()
-            registry.register(Siblings(siblings))
-            text = await run_in_threadpool(generate_latest, registry)
-            service.gathered = time.monotonic(), text
-        return service.gathered[1]
 
 
 def _service(request: Request) -> Service:

@@ -116,8 +116,13 @@ def install(app: FastAPI) -> None:
         return _respond(request.scope["path"], status, code, str(error.detail), request.state.request_id, headers)
 
     @app.exception_handler(ClientDisconnect)
-    async def client_left(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=CLIENT_LEFT)  # for the metrics; nobody reads it
+    async def client_left(request: Request, _: ClientDisconnect) -> Response:
+        """For the metrics; nobody reads it."""
+        error = request.state.exchange.error
+        if isinstance(error, ServiceError):  # it did not leave: the connection has answered, and closed
+            _note(request.scope, error.code, error)
+            return Response(status_code=error.status)
+        return Response(status_code=CLIENT_LEFT)
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:

@@ -296,6 +296,7 @@ class Scheduler:
                 self._process(batch, alone and number == 0, untold)
         except Exception:  # nobody may wait for ever, and the worker must live
             logger.exception("a batch failed outside decoding and inference")
+            self._failed_in_row += sum(len(batch) for batch in batches)
             for item in itertools.chain(*batches):
                 self._fail(item, InferenceFailed("the engine failed; the log has the reason"))
 
@@ -391,7 +392,6 @@ class Scheduler:
             self._fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"))
             return []
         infer_s = time.monotonic() - begin
-        self._failed_in_row = 0
         outcomes = []
         for i, item in enumerate(group):
             item.timing.infer_begin, item.timing.infer_s, item.timing.batch_size = begin, infer_s, len(group)
@@ -399,6 +399,7 @@ class Scheduler:
             similarity = None if answers.similarity is None else float(answers.similarity[i])
             warnings = item.decoded.warnings if item.decoded else ()
             outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
+        self._failed_in_row = 0
         return [(group, outcomes)]
 
     def _is_wanted(self, item: Item, ready_by: float = -math.inf) -> bool:

@@ -230,5 +230,7 @@ def _check_graph(session: onnxruntime.InferenceSession, metadata: ArtifactMetada
         raise StartupError(f"the model must have one input 'images', uint8 [N, {side}, {side}, 3], for any N; it has {inputs}")
     outputs = {o.name: list(o.shape) for o in session.get_outputs()}
     classes = len(metadata.classes)
-    if not needed <= set(outputs) or outputs["logits"][1] != classes or outputs["class_maps"][1] != classes:
+    ranks = {"logits": 2, "similarity": 1, "class_maps": 4}
+    fits = all(len(outputs.get(name, ())) == ranks[name] for name in needed)
+    if not fits or outputs["logits"][1] != classes or outputs["class_maps"][1] != classes:
         raise StartupError(f"the model must have outputs {sorted(needed)}, for {classes} classes; it has {outputs}")

@@ -177,6 +177,9 @@ def test_shapes_follow_the_resize_rule():
     padded = decode(data, ResizeRule(32, "pad"))
     assert (padded[:6] == 128).all()
     assert (padded[16, 10:22] == 255).all()
+    grey = decode(encode(Image.new("L", (40, 20), 255), "PNG"), ResizeRule(32, "pad"))
+    assert (grey[:6] == 128).all()
+    assert (grey[16] == 255).all()
 
 
 def test_a_small_picture_is_enlarged_and_that_is_said(picture):
@@ -314,6 +317,9 @@ def test_exif_is_read_no_further_than_the_orientation(picture):
     text = PngInfo()
     text.add_text("Raw profile type exif", f"\nexif\n    {len(big)}\n{(b'Exif' + bytes(2) + big).hex()}\n")
     assert np.array_equal(decode(encode(picture, "PNG", pnginfo=text)), turned)
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n 4\nno digits\n")
+    assert np.array_equal(decode(encode(picture, "PNG", pnginfo=text)), np.asarray(picture))
     text = PngInfo()
     text.add_text(
         "Raw profile type exif", f"\nexif\n    {len(big)}\n{(b'Exif' + bytes(2) + big).hex()}" + "\n" * 600_000, zip=True

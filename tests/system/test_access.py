@@ -10,7 +10,10 @@ import httpx
 import onnx
 import pytest
 from onnx import external_data_helper
+from starlette.testclient import TestClient
 
+from app.main import create_app
+from app.settings import Settings
 from tests.server import ServerProcess
 
 WEBP = {"Content-Type": "image/webp"}
@@ -43,6 +46,19 @@ def test_any_of_the_keys_opens_and_probes_need_none(keyed, samples, key):
     assert httpx.post(f"{keyed}/classify", content=samples[0].data, headers=WEBP | headers).status_code == 200
     assert httpx.post(f"{keyed}/classify", files={"images": samples[0].data}, headers=headers).status_code == 200
     assert httpx.get(f"{keyed}/readyz").status_code == 200
+
+
+def test_below_a_prefix_keys_are_asked_for_too(samples):
+    """As Ray Serve's `route_prefix` has it: a path with the prefix, which the router then leaves out."""
+    settings = Settings(api_keys="first", workers=1, max_batch=1)
+    with TestClient(create_app(settings), root_path="/below") as client:
+        for path in ("/classify", "/below/classify", "/v2/models/fast"):
+            answer = client.post(f"/below{path}", content=samples[0].data, headers=WEBP)
+            assert answer.status_code == (404 if path == "/below/classify" else 401), path
+        answer = client.post("/below/classify", content=samples[0].data, headers=WEBP | {"Authorization": "Bearer first"})
+        assert answer.json()["predictions"][0]["label"] == samples[0].label
+        assert "error" in client.get("/below/v2/nothing").json(), "the protocol's form of failures"
+        assert 'convmixer_requests_total{status="401"} 1.0' in client.get("/below/metrics").text
 
 
 def test_an_empty_key_file_does_not_open_the_service(start, tmp_path):

@@ -19,6 +19,7 @@ from tests.server import ServerProcess, resident_mib
 
 RECEIVE_TIMEOUT_S = 1
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
+STALLING = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b\r\n"
 
 
 def connect(url: str, **options: int) -> socket.socket:
@@ -140,6 +141,7 @@ def test_an_empty_line_between_requests_is_no_request_and_silence_ends_the_conne
             connection.sendall(before)
             connection.sendall(wire)
             assert next(received)[0] == 200
+        connection.sendall(b"\r\n")
         assert list(received) == [], "closed without a word, neither early nor never"
 
 
@@ -204,6 +206,8 @@ def test_an_image_may_arrive_in_any_pieces(base_url, samples):
         (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 40_000, 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 33_000 + b"\r\n\r\n", 431, "headers_too_large"),
         (b"GET /livez?" + b"a" * 33_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "headers_too_large"),
+        (b"GET /livez\r\n\r\n", 400, "malformed_request"),
+        (b"GET /livez HTTP/2.0\r\nHost: x\r\n\r\n", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\nX-A: ", 408, "receive_timeout"),
         (CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf", 408, "receive_timeout"),
         (CLASSIFY + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", 408, "receive_timeout"),
@@ -221,6 +225,21 @@ def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_c
     assert (got, body["code"]) == (status, code)
     assert b"application/problem+json" in head
     assert body["request_id"].encode() in head
+
+
+def test_an_upload_that_stalls_is_counted_once_as_what_it_was_told(start):
+    server = start(receive_timeout_s=1)
+    url = server.wait_until_ready()
+    with connect(url) as connection:
+        connection.sendall(CLASSIFY + b"X-Request-ID: mine\r\n" + STALLING)
+        ((status, _, body),) = answers(connection)
+    assert (status, body["code"], body["request_id"]) == (408, "receive_timeout", "mine")
+    while 'convmixer_requests_total{status="408"} 1.0' not in (text := httpx.get(f"{url}/metrics").text):
+        pass
+    assert 'convmixer_failures_total{code="receive_timeout"} 1.0' in text
+    assert 'status="499"} 0.0' in text
+    assert server.stop() == 0
+    assert server.log.count("mine") == 1
 
 
 def test_cookies_are_not_read(base_url):
@@ -469,7 +488,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, sampl
     with connect(url) as connection:
         connection.sendall(wire[:-10])
     with connect(url) as connection:
-        connection.sendall(CLASSIFY + b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b\r\n")
+        connection.sendall(CLASSIFY + STALLING)
     while 'convmixer_requests_total{status="499"} 2.0' not in httpx.get(f"{url}/metrics").text:
         pass
 

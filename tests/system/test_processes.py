@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import takewhile
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -82,6 +88,61 @@ def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
     assert server.wait() != 0
     assert "cannot be read" in server.log
     assert "it is replaced" not in server.log
+
+
+def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, samples, artifact_path, tmp_path):
+    model = tmp_path / "fast.onnx"
+    shutil.copy(artifact_path.with_name("fast.onnx.sha256"), tmp_path)
+    shutil.copy(artifact_path, model)
+    server = start(processes=2, workers=1, model=model)
+    url = server.wait_until_ready()
+    first, second = both(url)
+    model.unlink()
+    os.kill(first, signal.SIGKILL)
+    give_up = time.monotonic() + GIVE_UP_S
+    while not re.search(r"process \d+ ended with 3; it is replaced", server.log):
+        assert time.monotonic() < give_up, server.log
+        assert classify(url, samples[0].data) == samples[0].label
+    shutil.copy(artifact_path, model)
+    while first in (found := both(url)):
+        assert time.monotonic() < give_up, server.log
+    assert second in found
+    assert server.stop() == 0
+
+
+def test_new_clients_do_not_wait_while_an_upload_is_finished(start, samples):
+    server = start(processes=2, workers=1)
+    url = server.wait_until_ready()
+    address = urlsplit(url)
+    wire = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nContent-Length: {len(samples[0].data)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=GIVE_UP_S) as connection:
+        connection.sendall(wire.encode() + samples[0].data[:-1])
+        httpx.get(f"{url}/livez")
+        server.process.send_signal(signal.SIGTERM)
+        give_up = time.monotonic() + 10  # less than the time to drain
+        while can_connect(address.hostname, address.port):
+            assert time.monotonic() < give_up
+        connection.sendall(samples[0].data[-1:])
+        assert connection.recv(12) == b"HTTP/1.1 200"
+    assert server.wait() == 0
+
+
+def can_connect(host: str, port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex((host, port)) == 0
+
+
+def test_processes_are_those_of_this_installation_wherever_it_is_started(tmp_path):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "__init__.py").write_text("raise SystemExit('another app')")
+    command = [Path(sys.executable).with_name("convmixer"), "serve"]
+    environment = os.environ | {"CONVMIXER_PORT": "0", "CONVMIXER_PROCESSES": "2"}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        log = list(takewhile(lambda line: "Uvicorn running" not in line, process.stderr))
+        process.terminate()
+        log += process.stderr
+    assert process.returncode == 0, log
 
 
 def test_the_metrics_port_takes_a_few_connections_and_waits_for_none(start):

@@ -101,6 +101,15 @@ def test_a_graph_of_another_shape_is_refused(artifact_path, tmp_path):
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 64
     with pytest.raises(StartupError):
         Session(write(tmp_path / "m.onnx", model))
+    model = onnx.load(artifact_path)
+    (maker,) = (node for node in model.graph.node if "similarity" in node.output)
+    maker.output[0] = "flat"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axes"))
+    model.graph.node.append(onnx.helper.make_node("Unsqueeze", ["flat", "axes"], ["similarity"]))
+    (similarity,) = (output for output in model.graph.output if output.name == "similarity")
+    similarity.type.tensor_type.shape.dim.add().dim_value = 1
+    with pytest.raises(StartupError, match="similarity"):
+        Session(write(tmp_path / "m.onnx", model))
 
 
 def test_answers_that_are_not_finite_stop_the_start(artifact_path, tmp_path):
