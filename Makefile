@@ -36,7 +36,7 @@ evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
 export: .venv/.dev  ## Make RUN's evaluated checkpoint the model that ships, as VERSION: artifact, checkpoint, model card
-	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.4.0" >&2; exit 1; }
+	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.5.0" >&2; exit 1; }
 	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
 	mkdir -p releases/fast
@@ -74,7 +74,7 @@ audit: .venv/.release  ## Ask the Python advisory database about what the images
 	$(BIN)/pip-audit --requirement requirements/cpu.txt --requirement requirements/gpu.txt --disable-pip --require-hashes
 
 clean:  ## Remove the environment and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage* build *.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis .coverage* build *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'

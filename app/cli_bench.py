@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import ssl
 import time
@@ -120,7 +121,7 @@ def _summary(tally: Tally, cpu_s: float) -> dict[str, Any]:
 def _percentile_ms(times: list[float], share: float) -> float | None:
     """Nearest rank; None without answers."""
     ordered = sorted(times)
-    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000, 2) if ordered else None
+    return round(ordered[math.ceil(share * len(ordered)) - 1] * 1000, 2) if ordered else None
 
 
 def _print_head(url: str, model: Model, bodies: list[bytes]) -> None:

@@ -127,7 +127,9 @@ def classify_there(client: Client, files: Iterable[str], top_k: int) -> Generato
     for result in client.classify_many(images, top_k=top_k):
         name = {"index": result.index, "filename": result.filename or STDIN}
         if isinstance(result, Prediction):
-            yield result.to_dict() | name
+            row = result.to_dict() | name
+            del row["model"], row["request_id"]  # an entry as the server has it, and as `classify_here` makes it
+            yield row
         else:
             yield name | {"error": {"code": result.code, "detail": result.detail}}
 

@@ -193,8 +193,7 @@ class Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():  # the parser leaves the body out, and would read it as the next request
             self._refuse(MalformedRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade"))
         if len(self.pipeline) >= MAX_PIPELINED:
-            text = f"more than {MAX_PIPELINED} requests wait on this connection"
-            self._refuse(Overloaded(text, retry_after_s=1, reason="pipelined"))
+            self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
         if self._for_probes and self.url.partition(b"?")[0] not in PROBES:
             self._refuse(self._all_busy())
         if self._deaf:

@@ -139,11 +139,11 @@ class Overloaded(ServiceError):
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
-    reasons = ("queue_full", "would_be_late", "held_bytes", "connections", "pipelined")
+    reasons = ("queue_full", "would_be_late", "held_bytes", "connections")
 
 
 class NotServing(ServiceError):
-    """The service is starting, draining, or its engine is dead."""
+    """The service is draining, or its engine is dead."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "not_serving"

@@ -64,7 +64,9 @@ class Settings(BaseModel):
     )
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="Largest request body, in bytes.")
     max_held_bytes: int = Field(
-        256 * 1024 * 1024, ge=1, description="Bytes of all requests' bodies in memory at once; more are refused with 503."
+        256 * 1024 * 1024,
+        ge=1,
+        description="Bytes of all bodies, and of answers over 64 KiB, in memory at once; more are refused with 503.",
     )
     max_images: int = Field(128, ge=1, description="Most images in one request.")
     max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image, checked before decoding.")
@@ -114,6 +116,21 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = (f"{ENV_PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
             raise StartupError("; ".join(problems)) from error
+
+    def contradictions(self) -> list[str]:
+        """What these settings allow and yet refuse, always, as if it were overload; one sentence each."""
+        found = []
+        if self.max_images > self.max_queue:
+            found.append(
+                f"CONVMIXER_MAX_IMAGES={self.max_images} is more than CONVMIXER_MAX_QUEUE={self.max_queue}: "
+                "a request of more images than may wait is refused"
+            )
+        if self.max_body_bytes > self.max_held_bytes:
+            found.append(
+                f"CONVMIXER_MAX_BODY_BYTES={self.max_body_bytes} is more than CONVMIXER_MAX_HELD_BYTES={self.max_held_bytes}: "
+                "a body of more bytes than all may have is refused"
+            )
+        return found
 
     def keys(self) -> list[str]:
         """The API keys; none: everybody may ask.

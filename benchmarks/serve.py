@@ -108,6 +108,7 @@ class Server:
         else:
             raise RuntimeError("the server did not start")
         ready = time.perf_counter() - begin
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # or a log that nobody reads would hold it up
         tally = closed_loop(port, [first], 1, 0.01)
         if not tally.right:
             raise RuntimeError("the first answer was wrong")

@@ -67,6 +67,13 @@ class ServerProcess:
         return self.wait()
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def resident_mib(server: ServerProcess) -> float:
     """Memory that the process has now, in MiB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.process.pid}/status").read_text())

@@ -165,7 +165,7 @@ def test_a_pod_has_time_to_end(pod, monkeypatch):
     chosen = loaded(pod, monkeypatch)
     before = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0) + chosen.shutdown_delay_s
     assert before >= 5, "endpoints take seconds to be gone everywhere"
-    assert pod.get("terminationGracePeriodSeconds", 30) > before + chosen.drain_timeout_s
+    assert pod.get("terminationGracePeriodSeconds", 30) > before + chosen.drain_timeout_s + 5
 
 
 @PODS

@@ -273,7 +273,7 @@ PRESETS: dict[str, Preset] = {
         ),
         source="ours: a third cycle, begun with what `cpu-2` ended with (--init), with stronger augmentation and Muon",
         cost="95 minutes on two threads of one Zen 3 core, float32, beside light work (before it: 114 and 123)",
-        result="91.00 % on the test set, one run; the mean of its weights and those of `cpu-2`: 91.94 % (docs/model-card.md)",
+        result="91.00 % on the test set, one run; the mean of its weights and those of `cpu-2`: 91.94 % (docs/training.md)",
     ),
     "cpu-4": Preset(
         TrainConfig(
@@ -307,7 +307,8 @@ PRESETS: dict[str, Preset] = {
             weight_decay=0.02,
             ema_decay=0.999,
         ),
-        source="ours: a fifth, long cycle on a CPU with bf16, begun with `releases/wide`, its kernels grown from 5 to 7 (--init)",
+        source="ours: a fifth, long cycle on a CPU with bf16, begun with the mean of `cpu-4` and of what that grew from, its "
+        "kernels grown from 5 to 7 (--init)",
         cost="98 minutes on two Zen 5 cores, bf16, beside other work (307 images a second)",
         result="93.65 % on the test set, one run: the model that ships (docs/model-card.md)",
     ),

@@ -1,1 +1,1 @@
-"""HTTP, one module a surface: `classify`, `health`, `problems` (failures)."""
+"""HTTP, one module a surface; `problems` is the failures of all."""

@@ -59,9 +59,9 @@ class Wanted:
         deadline_ms: time the request may take.
     """
 
-    top_k: int = 5
-    explain: bool = False
-    deadline_ms: int = 5000
+    top_k: int
+    explain: bool
+    deadline_ms: int
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,12 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     int(status): {"description": text, "content": {"application/problem+json": {"schema": _PROBLEM_SCHEMA}}}
     for status, text in {
         HTTPStatus.BAD_REQUEST: "The request cannot be read.",
+        HTTPStatus.UNAUTHORIZED: "Keys are set, and none of them was sent.",
         HTTPStatus.REQUEST_TIMEOUT: "The body did not arrive in time.",
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Too many bytes, pixels or images.",
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "Not a type of body or image that is read here.",
         HTTPStatus.UNPROCESSABLE_ENTITY: "The image cannot be decoded, or a parameter is out of range.",
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "More or longer headers than are taken.",
         HTTPStatus.INTERNAL_SERVER_ERROR: "A defect of the service or the model.",
         HTTPStatus.SERVICE_UNAVAILABLE: "Overloaded or shutting down; see Retry-After.",
         HTTPStatus.GATEWAY_TIMEOUT: "The deadline passed.",

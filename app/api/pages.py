@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app.api.codings import choose_coding
 from app.service import Service
 
 WEB = Path(__file__).parent.parent / "web"
@@ -149,6 +150,6 @@ def _send(request: Request, asset: Asset, status: HTTPStatus = HTTPStatus.OK) ->
     known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
     if status == HTTPStatus.OK and asset.etag in known:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    if asset.zipped and "gzip" in request.headers.get("accept-encoding", ""):
+    if asset.zipped and choose_coding(request.headers.get("accept-encoding", ""), {"gzip"}):
         return Response(asset.zipped, status, {**headers, "Content-Encoding": "gzip"}, asset.media_type)
     return Response(asset.body, status, headers, asset.media_type)

@@ -1,1 +1,1 @@
-"""From the artifact to logits: `artifact` (verify, read), `session` (onnxruntime), `scheduler` (queue, batches, deadlines)."""
+"""From the artifact to logits."""

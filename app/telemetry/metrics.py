@@ -194,10 +194,10 @@ def _state(service: Service) -> Iterator[Metric]:
         ("busy_workers", "Inference threads at work.", scheduler.busy()),
         ("workers", "Inference threads.", scheduler.workers),
         ("max_batch", "Largest batch.", scheduler.max_batch),
-        ("held_bytes", "Request bodies in memory.", service.bodies.held),
-        ("held_bytes_limit", "Request bodies that may be in memory.", service.bodies.limit),
+        ("held_bytes", "Bytes in memory of requests' bodies and of answers over 64 KiB.", service.bodies.held),
+        ("held_bytes_limit", "What they may come to (CONVMIXER_MAX_HELD_BYTES).", service.bodies.limit),
         ("ready", "1 while /readyz says yes.", service.not_ready() is None),
-        ("engine_alive", "1 while every worker runs and none hangs.", alive),
+        ("engine_alive", "1 while every worker runs, none hangs, and the model has not failed on 32 images in a row.", alive),
     ):
         yield GaugeMetricFamily(f"convmixer_{name}", text, float(value))
     curve = GaugeMetricFamily(

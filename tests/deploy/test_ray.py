@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from app.ray.shards import JobDescription, Place, Shards
 from app.service import Service
 from app.settings import Settings
 from app.verdict import judge
+from tests.server import free_port
 
 GIVE_UP_S = 240
 REPEATS = 5
@@ -228,12 +228,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert process.poll() is None, "the process has ended"
         assert time.monotonic() < give_up
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 
 import httpx
 import onnx
@@ -14,7 +13,7 @@ from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
-from tests.server import ServerProcess
+from tests.server import ServerProcess, free_port
 
 WEBP = {"Content-Type": "image/webp"}
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -72,9 +71,7 @@ def test_an_empty_key_file_does_not_open_the_service(start, tmp_path):
 
 
 def test_metrics_on_a_port_of_their_own(start, samples):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = start(metrics_port=port).wait_until_ready()
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
     assert httpx.get(f"{url}/metrics").status_code == 404

@@ -410,7 +410,7 @@ def test_documentation_examples_are_true(client, repository: Path, samples):
     assert [(e["label"], pytest.approx(e["probability"], abs=0.01)) for e in said["top_k"]] == [
         (e["label"], e["probability"]) for e in found["top_k"]
     ]
-    assert {"400", "408", "413", "415", "422", "500", "503", "504"} < set(operation["responses"])
+    assert {"400", "401", "408", "413", "415", "422", "431", "500", "503", "504"} < set(operation["responses"])
     assert client.get("/docs").status_code == 200
 
 

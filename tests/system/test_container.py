@@ -66,7 +66,7 @@ def test_it_is_published_on_this_machine_only_unless_asked():
 @OURS
 def test_a_stop_waits_for_the_drain(service):
     chosen = settings(service)
-    assert int(SERVICES[service]["stop_grace_period"].removesuffix("s")) > chosen.shutdown_delay_s + chosen.drain_timeout_s
+    assert int(SERVICES[service]["stop_grace_period"].removesuffix("s")) > chosen.shutdown_delay_s + chosen.drain_timeout_s + 5
 
 
 @pytest.mark.skipif(not shutil.which("docker-compose"), reason="docker-compose is not installed")

@@ -24,7 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server import ServerProcess
+from tests.server import ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "observability"
@@ -282,9 +282,7 @@ def prometheus(client, samples, tmp_path_factory) -> Iterator[httpx.Client]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     rules = re.sub(r"interval: 1m", "interval: 500ms", (DEPLOY / "alerts.yml").read_text())
     (folder / "alerts.yml").write_text(rules)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     options = [f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(["prometheus", *options, f"--web.listen-address={address}"], stderr=log)
@@ -440,9 +438,7 @@ def test_a_collector_gets_what_happened_and_when(start, collector, samples):
 
 
 def test_a_collector_that_is_gone_costs_neither_answers_nor_the_stop(start, monkeypatch, samples):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     server = start()
     url = server.wait_until_ready()
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200

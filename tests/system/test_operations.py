@@ -179,6 +179,13 @@ def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path)
     assert "no model that onnxruntime can load" in refuses_to_start(start(model=stranger, model_sha256=digest))
 
 
+def test_settings_that_contradict_each_other_are_named(start):
+    server = start(max_queue=64, max_held_bytes=1_000_000)
+    server.wait_until_ready()
+    assert "CONVMIXER_MAX_IMAGES=128 is more than CONVMIXER_MAX_QUEUE=64" in server.log
+    assert "is more than CONVMIXER_MAX_HELD_BYTES=1000000" in server.log
+
+
 def test_unknown_and_bad_settings_are_refused(start):
     assert "CONVMIXER_MAX_BODY" in refuses_to_start(start(max_body="1"))
     assert "CONVMIXER_PORT" in refuses_to_start(start(port="http"))

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.server import ServerProcess
+from tests.server import ServerProcess, free_port
 
 GIVE_UP_S = 60
 
@@ -167,9 +167,3 @@ def test_the_metrics_port_tells_of_all(start):
         while len(set(re.findall(r'process="(\d+)"', client.get(f"http://127.0.0.1:{port}/metrics").text))) != 2:
             assert time.monotonic() < give_up
         assert server.stop() == 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -22,9 +22,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from app import __version__
+from app.api.codings import compress, decompress
 from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
 from app.api.open_inference import tensors
-from app.api.open_inference.codings import compress, decompress
 from app.api.open_inference.schemas import (
     INFER_RESPONSES,
     INFER_SCHEMA,
@@ -39,6 +39,7 @@ from app.api.open_inference.schemas import (
     ServerReady,
     StatisticsAnswer,
 )
+from app.api.problems import problem_response
 from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
@@ -134,25 +135,22 @@ async def server_metadata() -> ServerMetadata:
     return {"name": "convmixer-serve", "version": __version__, "extensions": EXTENSIONS}
 
 
-@router.get("/health/live", responses=UNAVAILABLE, summary="Is the process worth keeping?")
-async def server_live(request: Request) -> ServerLive:
+@router.get("/health/live", response_model=ServerLive, responses=UNAVAILABLE, summary="Is the process worth keeping?")
+async def server_live(request: Request) -> Response | ServerLive:
     """As `/livez`."""
-    _refuse_if(_service(request).scheduler.failure())
-    return {"live": True}
+    return _unless(_service(request).scheduler.failure(), request) or {"live": True}
 
 
-@router.get("/health/ready", responses=UNAVAILABLE, summary="Should requests be sent here?")
-async def server_ready(request: Request) -> ServerReady:
+@router.get("/health/ready", response_model=ServerReady, responses=UNAVAILABLE, summary="Should requests be sent here?")
+async def server_ready(request: Request) -> Response | ServerReady:
     """As `/readyz`."""
-    _refuse_if(_service(request).not_ready())
-    return {"ready": True}
+    return _unless(_service(request).not_ready(), request) or {"ready": True}
 
 
-async def model_ready(request: Request) -> ModelReady:
+async def model_ready(request: Request) -> Response | ModelReady:
     """As `/readyz`, for the one model there is."""
     service = _service(request)
-    _refuse_if(service.not_ready())
-    return {"name": service.metadata.name, "ready": True}
+    return _unless(service.not_ready(), request) or {"name": service.metadata.name, "ready": True}
 
 
 async def model_metadata(request: Request) -> ModelMetadata:
@@ -266,9 +264,9 @@ def _header_length(headers: Headers, body_length: int) -> int | None:
     return int(text)
 
 
-def _refuse_if(reason: str | None) -> None:
-    if reason is not None:
-        raise NotServing(reason)
+def _unless(reason: str | None, request: Request) -> Response | None:
+    """A probe's no, if there is a reason for one; it is no refused request, and not counted as one."""
+    return problem_response(request.scope["path"], NotServing(reason), request.state.request_id) if reason else None
 
 
 def _nanoseconds(duration: Duration) -> DurationStatistics:
@@ -291,14 +289,20 @@ def _add_model_routes(prefix: str, in_path: Sequence[str]) -> None:
         responses=INFER_RESPONSES,
         openapi_extra=infer_schema,
     )
-    for name, endpoint, summary in (
-        ("", model_metadata, "The model's tensors"),
-        ("/ready", model_ready, "Does the model answer?"),
-        ("/config", model_config, "The model's configuration"),
-        ("/stats", model_statistics, "Counters of the model"),
+    for name, endpoint, answer, summary in (
+        ("", model_metadata, ModelMetadata, "The model's tensors"),
+        ("/ready", model_ready, ModelReady, "Does the model answer?"),
+        ("/config", model_config, dict[str, Any], "The model's configuration"),
+        ("/stats", model_statistics, StatisticsAnswer, "Counters of the model"),
     ):
-        responses = UNKNOWN | (UNAVAILABLE if name == "/ready" else {})
-        router.add_api_route(prefix + name, endpoint, summary=summary, responses=responses, openapi_extra={"parameters": path})
+        router.add_api_route(
+            prefix + name,
+            endpoint,
+            response_model=answer,
+            summary=summary,
+            responses=UNKNOWN | (UNAVAILABLE if name == "/ready" else {}),
+            openapi_extra={"parameters": path},
+        )
 
 
 _add_model_routes("/models/{model}", ["model"])

@@ -206,18 +206,20 @@ FAILURES: dict[int | str, dict[str, Any]] = {
     int(status): {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
     for status, text in {
         HTTPStatus.BAD_REQUEST: "No valid request, or not what the model takes.",
+        HTTPStatus.UNAUTHORIZED: "Keys are set, and none of them was sent.",
         HTTPStatus.NOT_FOUND: "No such model or version.",
         HTTPStatus.REQUEST_TIMEOUT: "The body did not arrive in time.",
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Too many bytes, pixels or images.",
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "Not a type of image, or a Content-Encoding, that is read here.",
         HTTPStatus.UNPROCESSABLE_ENTITY: "An image cannot be decoded, or a header is out of range.",
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "More or longer headers than are taken.",
         HTTPStatus.INTERNAL_SERVER_ERROR: "A defect of the service or the model.",
         HTTPStatus.SERVICE_UNAVAILABLE: "Overloaded, shutting down or dead; see Retry-After.",
         HTTPStatus.GATEWAY_TIMEOUT: "The deadline passed.",
     }.items()
 }
 UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: FAILURES[503]}
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: FAILURES[404]}
+UNKNOWN: dict[int | str, dict[str, Any]] = {status: FAILURES[status] for status in (401, 404)}
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:

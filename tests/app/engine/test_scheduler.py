@@ -126,10 +126,6 @@ def test_a_model_that_fails_on_everything_is_seen(session, make, samples):
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from app.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 
@@ -69,16 +69,24 @@ def compress(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
 
     Args:
         body: the answer's.
-        accept_encoding: the request's header (RFC 9110, 12.5.3).
+        accept_encoding: the request's header.
 
     Returns:
         The body, and its Content-Encoding if it has one.
     """
-    if len(body) >= _MIN_COMPRESSED:
-        for item in accept_encoding.lower().split(","):
-            coding, _, weight = item.partition(";")
-            if compressor := _COMPRESSORS.get(coding.strip()):
-                if re.fullmatch(r"q=0(\.0*)?", weight.strip()):  # "not acceptable"
-                    continue
-                return compressor(body), coding.strip()
-    return body, None
+    coding = choose_coding(accept_encoding, _COMPRESSORS) if len(body) >= _MIN_COMPRESSED else None
+    return (_COMPRESSORS[coding](body), coding) if coding else (body, None)
+
+
+def choose_coding(accept_encoding: str, offered: Container[str]) -> str | None:
+    """The first of the client's codings that is offered and that it does not exclude; None if there is none.
+
+    Args:
+        accept_encoding: the request's header (RFC 9110, 12.5.3).
+        offered: names of codings.
+    """
+    for item in accept_encoding.lower().split(","):
+        coding, _, weight = item.partition(";")
+        if coding.strip() in offered and not re.fullmatch(r"q=0(\.0*)?", weight.strip()):
+            return coding.strip()
+    return None
