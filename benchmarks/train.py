@@ -29,8 +29,9 @@ from torchvision.transforms import v2
 
 from model.architectures import build_network, count_macs
 from model.checkpoint import load_checkpoint
-from training.config import TrainConfig, get_preset
+from training.config import TrainConfig
 from training.data import ImageSet, load_images
+from training.presets import get_preset
 from training.runtime import Runtime, autocast, hardware
 from training.train import train
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training import config as configuration
 from training.errors import ConfigError, TrainingError
+from training.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
     from training.runtime import Runtime
@@ -33,7 +33,7 @@ PrecisionOption = Annotated[str | None, typer.Option(help="float32, bf16 or fp16
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(configuration.PRESETS)}.")] = "small",
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "small",
     data: DataOption = None,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")] = Path("runs/train"),
     init: Annotated[
@@ -65,7 +65,7 @@ def train(
     overrides = dict(_split_setting(text) for text in settings or [])
     if epochs is not None:
         overrides["epochs"] = str(epochs)
-    config = configuration.get_preset(preset).config.override(overrides)
+    config = get_preset(preset).config.override(overrides)
     runtime = _runtime(device, precision, compile=compile)
     images = load_images(data, "train", config.image_size)
     path = run(config, images, output, runtime, init=init, teacher=teacher, resume=resume or finish, finish=finish)
@@ -188,7 +188,7 @@ def study(
 @app.command()
 def presets() -> None:
     """List the presets with their source, cost and result."""
-    for name, preset in configuration.PRESETS.items():
+    for name, preset in PRESETS.items():
         typer.echo(f"{name}: {preset.config.model.name}, {preset.config.epochs} epochs")
         typer.echo(f"  source  {preset.source}\n  cost    {preset.cost}\n  result  {preset.result}")
 

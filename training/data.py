@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,26 @@ def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSe
     return tuple(  # type: ignore[return-value]
         ImageSet(data.images[mask], data.labels[mask], data.classes) for mask in (~is_validation, is_validation)
     )
+
+
+def check_held_out(path: Path, training: dict[str, Any], data: ImageSet, fraction: float) -> None:
+    """Refuses a checkpoint that has learnt images by which a new run would be judged.
+
+    Args:
+        path: of the checkpoint.
+        training: what it says of its own training.
+        data: of the new run.
+        fraction: held out in the new run; a smaller slice is part of a larger one.
+
+    Raises:
+        DataError: it was trained with the same data, of which it held out less.
+    """
+    theirs = training["config"]["val_fraction"]
+    if theirs < fraction and training["data_sha256"] == data.fingerprint():
+        raise DataError(
+            f"{path} held out {theirs:g} of the same images, so it has learnt some of the {fraction:g} that this run would be "
+            f"judged by; give --set val_fraction={theirs:g}"
+        )
 
 
 def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.checkpoint import build_model, load_checkpoint
 from training.config import TrainConfig
+from training.data import ImageSet, check_held_out
 from training.errors import ConfigError
 
 
@@ -33,15 +34,17 @@ class Distillation:
     Raises:
         CheckpointError: `path` is not a released checkpoint.
         ConfigError: the teacher knows other classes, or was trained on pixels normalised differently.
+        DataError: the teacher has learnt images that this run holds out.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, classes: list[str], device: torch.device) -> None:
+    def __init__(self, path: Path, config: TrainConfig, data: ImageSet, device: torch.device) -> None:
         checkpoint = load_checkpoint(path)
         self._network = build_model(checkpoint).to(device).to(memory_format=torch.channels_last)
         self._temperature = config.distill_temperature
         found = checkpoint.description
-        if found["classes"] != classes:
-            raise ConfigError(f"the teacher {path} knows classes {found['classes']}, the data has {classes}")
+        if found["classes"] != data.classes:
+            raise ConfigError(f"the teacher {path} knows classes {found['classes']}, the data has {data.classes}")
+        check_held_out(path, found["training"], data, config.val_fraction)
         ours = [list(config.normalize_mean), list(config.normalize_std)]
         if [found["normalize_mean"], found["normalize_std"]] != ours:
             raise ConfigError(f"the teacher {path} was trained on pixels normalised differently; both must see the same")

@@ -88,7 +88,7 @@ def compute_outputs(
     logits, pooled = [], []
     try:
         for batch in batches:
-            features = model.forward_features(normalize(batch).to(device, memory_format=torch.channels_last))
+            features = model.forward_features(normalize(batch.to(device)).contiguous(memory_format=torch.channels_last))
             logits.append(model.forward_head(features).float().cpu())
             pooled.append(features.mean((2, 3)).float().cpu())
     finally:

@@ -18,7 +18,7 @@ from model.grow import can_grow, grow
 from training import __version__
 from training.calibrate import Calibration
 from training.config import TrainConfig
-from training.data import ImageSet
+from training.data import ImageSet, check_held_out
 from training.ema import MovingAverage
 from training.errors import ConfigError, ResumeError, StorageError
 from training.runtime import Runtime, hardware
@@ -51,7 +51,7 @@ class TrainingState:
     ) -> None:
         self.config, self.path, self.classes = config, path, data.classes
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.data_sha256, self.teacher = data.fingerprint(), teacher
+        self.data, self.data_sha256, self.teacher = data, data.fingerprint(), teacher
 
     def save(self, progress: Progress) -> None:
         """Writes the training checkpoint; raises StorageError."""
@@ -144,6 +144,7 @@ class TrainingState:
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]
+        check_held_out(path, before, self.data, self.config.val_fraction)
         return {
             "name": found.description["name"],
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

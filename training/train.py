@@ -99,7 +99,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     optimizer = _build_optimizer(config, model, runtime.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     augment = Augmentation(config, len(data.classes), device)
-    distill = Distillation(teacher, config, data.classes, device) if teacher else None
+    distill = Distillation(teacher, config, data, device) if teacher else None
     origin = distill.teacher if distill else None
     state = TrainingState(config, data, origin, output / "last.safetensors", model, ema, optimizer, scaler)
 
@@ -121,7 +121,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             use_cpu_kernels(model, group.size)
         network: Callable[[Tensor], Tensor] = group.wrap(model, device)
         if runtime.compile:
-            network = torch.compile(network)
+            network = torch.compile(network, dynamic=False)  # of few sizes, and faster than one for any
             if distill:
                 distill.compile()
         events = stack.enter_context(_summary_writer(output) if runtime.tensorboard and group.leads else contextlib.nullcontext())
@@ -130,7 +130,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
         started = time.monotonic() - progress.seconds
         begun = saved_at = time.monotonic()
-        first_step = progress.step
+        first_step = rated_from = progress.step
 
         for step in range(first_step, last_step):
             epoch, position = divmod(step, steps_per_epoch)
@@ -162,15 +162,15 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             loss_sum += group.mean(loss.detach())
 
             progress.step = step + 1
-            progress.seconds = time.monotonic() - started
             bar.update()
             epoch_ends = position == steps_per_epoch - 1
             if not (epoch_ends or progress.step % check_interval == 0 or step == last_step - 1):
                 continue
             progress.loss_sum = loss_sum.item()
+            progress.seconds = time.monotonic() - started  # now that a GPU has done what was asked
             if not math.isfinite(progress.loss_sum):
                 raise _divergence(f"loss is {progress.loss_sum} at step {step} (epoch {epoch + 1})", config, state.path)
-            rate = config.batch_size * (progress.step - first_step) / (time.monotonic() - begun)
+            rate = config.batch_size * (progress.step - rated_from) / (time.monotonic() - begun)
             mean_loss = progress.loss_sum / (position + 1)
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
@@ -203,6 +203,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             if group.leads and (epoch_ends or stop or time.monotonic() - saved_at > CHECKPOINT_INTERVAL_S):
                 state.save(progress)
                 saved_at = time.monotonic()
+            if epoch_ends:  # the first has had compilation and trials in it
+                begun, rated_from = time.monotonic(), progress.step
             if stop:
                 reason = "by a signal" if termination else "at its deadline"
                 tqdm.write(f"stopped at step {step + 1} {reason}; continue with --resume", file=sys.stderr)

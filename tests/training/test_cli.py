@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import CIFAR10, Outcome
-from training.config import PRESETS
+from training.presets import PRESETS
 
 CommandLine = Callable[..., Outcome]
 TINY_NET = ["--set=model.hidden_dim=16", "--set=model.depth=2", "--set=model.kernel_size=3", "--set=batch_size=16"]

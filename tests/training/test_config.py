@@ -9,8 +9,9 @@ import pytest
 
 from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
 from model.vit import ViTConfig
-from training.config import PRESETS, TrainConfig, get_preset, settable_fields
+from training.config import TrainConfig, settable_fields
 from training.errors import ConfigError
+from training.presets import PRESETS, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

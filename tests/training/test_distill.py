@@ -14,7 +14,7 @@ from tests.training.conftest import QUIET, TINY
 from training.config import AugmentConfig
 from training.data import ImageSet
 from training.distill import Distillation
-from training.errors import ConfigError, ResumeError
+from training.errors import ConfigError, DataError, ResumeError
 from training.evaluate import compute_logits
 from training.train import train
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def test_distance_is_zero_for_the_teachers_own_answers_and_positive_for_others(trained: Path, photos: ImageSet) -> None:
-    distill = Distillation(trained, replace(TINY, distill_temperature=2.0), photos.classes, CPU)
+    distill = Distillation(trained, replace(TINY, distill_temperature=2.0), photos, CPU)
     pictures = torch.randn(8, 3, 32, 32)
     with torch.inference_mode():
         own = build_model(load_checkpoint(trained))(pictures)
@@ -60,8 +60,10 @@ def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: Image
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="knows classes"):
-        Distillation(trained, TINY, ["cat", "dog"], CPU)
+        Distillation(trained, TINY, replace(photos, classes=["cat", "dog"]), CPU)
     with pytest.raises(ConfigError, match="normalised differently"):
-        Distillation(trained, replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos.classes, CPU)
+        Distillation(trained, replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos, CPU)
+    with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
+        Distillation(trained, replace(TINY, val_fraction=0.5), photos, CPU)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        Distillation(tmp_path / "none.safetensors", TINY, photos.classes, CPU)
+        Distillation(tmp_path / "none.safetensors", TINY, photos, CPU)

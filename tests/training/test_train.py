@@ -250,6 +250,8 @@ def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, t
     narrower = TINY.override({"model.hidden_dim": "8"})
     with pytest.raises(ConfigError, match="hidden_dim is 16, here 8"):
         train(narrower, photos, tmp_path, QUIET, init=trained)
+    with pytest.raises(DataError, match=r"give --set val_fraction=0\.\d+"):
+        train(replace(TINY, val_fraction=0.5), photos, tmp_path, QUIET, init=trained)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         train(TINY, photos, tmp_path, QUIET, init=tmp_path / "none.safetensors")
 

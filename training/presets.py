@@ -1,0 +1,225 @@
+"""Named training runs with their source, cost and result; `convmixer-train presets` prints them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.convmixer import ConvMixerConfig
+from training.config import AugmentConfig, TrainConfig
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A complete, reproducible description of a run, with its evidence.
+
+    Attributes:
+        config: all settings.
+        source: where the settings come from.
+        cost: what the run takes, on which hardware.
+        result: the accuracy reached by us or reported by the source, and which of the two.
+    """
+
+    config: TrainConfig
+    source: str
+    cost: str
+    result: str
+
+
+_STRONG = AugmentConfig(
+    crop_scale=0.75,
+    flip=0.5,
+    randaugment_ops=1,  # the paper's two are applied with a probability of a half each (timm's `auto_augment.py`)
+    randaugment_magnitude=27,  # its m9 is of timm's scale of 10
+    erase=0.25,
+    mixup=0.5,
+    cutmix=0.5,
+)
+"""The paper's augmentation for CIFAR-10."""
+
+PRESETS: dict[str, Preset] = {
+    "cpu": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=192, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, erase=0.25),
+            start_size=20,
+            epochs=10,
+            batch_size=32,
+            lr=0.006,
+            warmup=0.2,
+            weight_decay=0.02,
+        ),
+        source="ours: the authors' small script, narrowed and with growing image size for a machine without AVX-512",
+        cost="114 minutes on two threads of one Zen 3 core, float32, beside other work",
+        result="88.25 % on the test set, one run; `cpu-2` goes on from there",
+    ),
+    "cpu-2": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=192, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5),
+            start_size=24,
+            epochs=12,
+            batch_size=32,
+            lr=0.004,
+            warmup=0.05,
+            weight_decay=0.02,
+        ),
+        source="ours: a second cycle (arXiv 1608.03983) that begins with what `cpu` ended with (--init), without erasing",
+        cost="123 minutes on two threads of one Zen 3 core, float32, beside light work (`cpu` before it: 114)",
+        result="91.09 % on the test set, one run; `cpu-3` goes on from there",
+    ),
+    "cpu-3": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=192, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=12, erase=0.25),
+            start_size=24,
+            epochs=7,
+            batch_size=32,
+            optimizer="muon",
+            lr=0.004,
+            muon_lr=0.004,
+            warmup=0.05,
+            weight_decay=0.02,
+        ),
+        source="ours: a third cycle, begun with what `cpu-2` ended with (--init), with stronger augmentation and Muon",
+        cost="95 minutes on two threads of one Zen 3 core, float32, beside light work (before it: 114 and 123)",
+        result="91.00 % on the test set, one run; the mean of its weights and those of `cpu-2`: 91.94 % (docs/training.md)",
+    ),
+    "cpu-4": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=5, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
+            start_size=24,
+            epochs=8,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.006,
+            muon_lr=0.006,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+        ),
+        source="ours: a fourth cycle, begun with the mean of `cpu-2` and `cpu-3`, grown from 192 to 256 channels (--init)",
+        cost="86 minutes on two Zen 3 cores, float32, beside other work (74 images a second)",
+        result="91.47 % on the test set, one run; the mean of its weights and those it grew from: 92.07 % (docs/training.md)",
+    ),
+    "cpu-5": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, erase=0.25),
+            start_size=24,
+            epochs=38,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.006,
+            muon_lr=0.006,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+        ),
+        source="ours: a fifth, long cycle on a CPU with bf16, begun with the mean of `cpu-4` and of what that grew from, its "
+        "kernels grown from 5 to 7 (--init)",
+        cost="98 minutes on two Zen 5 cores, bf16, beside other work (307 images a second)",
+        result="93.65 % on the test set, one run: the model that ships (docs/model-card.md)",
+    ),
+    "small": Preset(
+        TrainConfig(
+            augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
+            epochs=25,
+            batch_size=512,
+            lr=0.01,
+            label_smoothing=0.0,
+            ema_decay=0.0,
+        ),
+        source="authors' CIFAR-10 script (locuslab/convmixer-cifar10), without its colour jitter of 0.1 and with a cosine fall",
+        cost="0.15 GMAC x 3 x 50,000 x 25: minutes on a GPU, hours on a CPU",
+        result="92.6 % reported by the authors; not run by us yet",
+    ),
+    "paper": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=1),
+            augment=_STRONG,
+            epochs=200,
+            batch_size=128,
+            lr=0.01,
+            ema_decay=0.0,
+        ),
+        source="paper, section 3 'CIFAR-10' and appendix (256/8 k9 p1, 706,570 parameters)",
+        cost="0.71 GMAC x 3 x 50,000 x 200: hours on a data-centre GPU",
+        result="95.9-96.0 % reported by the authors; not run by us yet",
+    ),
+    "teacher": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=512, depth=12, kernel_size=7, patch_size=2),
+            augment=_STRONG,
+            epochs=150,
+            batch_size=512,
+            weight_decay=0.02,
+            label_smoothing=0.0,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's augmentation on a net of 3.5 M parameters, to teach `fast` and `accurate`; without "
+        "smoothed labels, which make worse teachers (arXiv 1906.02629); kernels of 7, because cuDNN is several times slower with 9 "
+        "(docs/training.md)",
+        cost="0.88 GMAC x 3 x 50,000 x 150: for a data-centre GPU",
+        result="not run yet",
+    ),
+    "fast": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=_STRONG,
+            epochs=400,
+            batch_size=512,
+            weight_decay=0.02,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's width at patch 2, long, with --teacher (arXiv 2106.05237)",
+        cost="0.16 GMAC x 3 x 50,000 x 400, and the teacher's forward passes: for a data-centre GPU",
+        result="not run yet; goal 96.0 %",
+    ),
+    "accurate": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=12, kernel_size=7, patch_size=1),
+            augment=_STRONG,
+            epochs=200,
+            batch_size=512,
+            weight_decay=0.02,
+            ema_decay=0.9995,
+        ),
+        source="ours: the paper's recipe on the largest net of its width below 1 M parameters (959,498), with --teacher",
+        cost="0.96 GMAC x 3 x 50,000 x 200, and the teacher's forward passes: for a data-centre GPU",
+        result="not run yet; goal 97.0 %",
+    ),
+    "reference": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(pad_crop=4, crop_scale=1.0, flip=0.5),
+            epochs=150,
+            batch_size=64,
+            optimizer="adam",
+            lr=2.5e-4,
+            schedule="constant",
+            weight_decay=0.0,
+            adam_eps=1e-8,
+            clip_norm=0.0,
+            label_smoothing=0.0,
+            ema_decay=0.0,
+            normalize_mean=(0.5, 0.5, 0.5),
+            normalize_std=(0.5, 0.5, 0.5),
+        ),
+        source="annotated implementation (labml.ai), conv_mixer/experiment.py (643,338 parameters)",
+        cost="0.16 GMAC x 3 x 50,000 x 150: hours on a GPU",
+        result="no accuracy was ever reported; not run by us yet",
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
