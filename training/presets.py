@@ -159,7 +159,7 @@ PRESETS: dict[str, Preset] = {
             ema_decay=0.9995,
         ),
         source="ours: the paper's augmentation on a net of 3.5 M parameters, to teach `fast` and `accurate`; without "
-        "smoothed labels, which make worse teachers (arXiv 1906.02629); kernels of 7, because cuDNN is several times slower with 9 "
+        "smoothed labels, which make worse teachers (arXiv 1906.02629); kernels of 7, because cuDNN is far slower with 9 "
         "(docs/training.md)",
         cost="0.88 GMAC x 3 x 50,000 x 150: for a data-centre GPU",
         result="not run yet",
