@@ -104,7 +104,7 @@ async def measure() -> dict[str, float]:
         service.metrics.count_request(200)
 
     stages["of these: metrics"] = _time(count)
-    service.scheduler, real.max_queue = real, 0
+    service.scheduler, real.admission.max_queue = real, 0
     stages["refusal (event loop)"] = _time(lambda: protocol.data_received(wire))
     if not transport.written.startswith(b"HTTP/1.1 503"):
         raise RuntimeError(f"no refusal but {transport.written[:100]!r}")

@@ -112,7 +112,7 @@ def classify_shard(shards: Shards, job: JobDescription, shard: int, service: Ser
 def _results(service: Service, records: Iterator[Record]) -> Iterator[tuple[Any, Outcome | ServiceError | OSError]]:
     """Each record's outcome or its own failure, in order; enough of them in flight to keep readers and engine busy."""
     scheduler = service.scheduler
-    most = min(max(READERS, 2 * scheduler.workers * scheduler.max_batch), scheduler.max_queue)
+    most = min(max(READERS, 2 * scheduler.workers * scheduler.max_batch), scheduler.admission.max_queue)
     in_flight: deque[tuple[Any, Future[Future[Outcome]]]] = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for identity, read in records:

@@ -190,7 +190,7 @@ def _state(service: Service) -> Iterator[Metric]:
     alive = scheduler.failure() is None
     for name, text, value in (
         ("queue_depth", "Images waiting.", scheduler.waiting()),
-        ("queue_limit", "Images that may wait.", scheduler.max_queue),
+        ("queue_limit", "Images that may wait.", scheduler.admission.max_queue),
         ("busy_workers", "Inference threads at work.", scheduler.busy()),
         ("workers", "Inference threads.", scheduler.workers),
         ("max_batch", "Largest batch.", scheduler.max_batch),

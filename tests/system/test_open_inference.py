@@ -544,9 +544,9 @@ def test_the_documented_example_is_true(client, repository):
 
 
 def test_a_hung_worker_is_seen_by_all_probes(monkeypatch):
-    monkeypatch.setattr("app.engine.scheduler.HANG_TIMEOUT_S", 0)
     with TestClient(create_app(Settings(workers=1, max_batch=1))) as client:
         scheduler = client.app_state["service"].scheduler
+        scheduler.hang_timeout_s = 0
         begun, end = threading.Event(), threading.Event()
         infer = scheduler.session.infer
 

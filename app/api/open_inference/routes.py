@@ -192,7 +192,7 @@ async def model_config(request: Request) -> dict[str, Any]:
                 "timeout_action": "REJECT",
                 "default_timeout_microseconds": settings.deadline_ms * 1000,
                 "allow_timeout_override": True,
-                "max_queue_size": scheduler.max_queue,
+                "max_queue_size": scheduler.admission.max_queue,
             },
         },
         "parameters": {

@@ -183,7 +183,7 @@ def test_what_would_probably_be_late_is_refused_at_once(session, make, samples):
 
 def test_an_idle_engine_tries_what_it_thinks_too_slow(session, make, samples, monkeypatch):
     scheduler = make(workers=2)
-    monkeypatch.setattr(scheduler, "_image_s", 2.0)  # as after a start beside other work
+    monkeypatch.setattr(scheduler.service_time, "image_s", 2.0)  # as after a start beside other work
     images, timeout_s = [sample.data for sample in samples[:8]], 10
     first = hold(session, scheduler, samples[0].data)
     with pytest.raises(Overloaded):
@@ -222,10 +222,10 @@ def test_another_load_is_learnt_from_a_few_batches(session, make, samples, monke
 
     def is_accepted_after(*seconds: float) -> bool:
         for took in seconds:
-            scheduler._learn(took)
+            scheduler.service_time.observe(took)
         return scheduler.refusal(samples[1].data, explain=False, timeout_s=0.5) is None
 
-    monkeypatch.setattr(scheduler, "_image_s", 0.005)
+    monkeypatch.setattr(scheduler.service_time, "image_s", 0.005)
     assert is_accepted_after(0.005, 0.5)
     assert is_accepted_after(0.005, 0.5, 0.005, 0.5, 0.005)
     assert not is_accepted_after(0.5, 0.5, 0.5)
@@ -385,11 +385,10 @@ def test_a_drain_that_takes_too_long_still_resolves_every_future(session, make, 
     assert first.exception(TIMEOUT_S) is None
 
 
-def test_a_worker_that_hangs_is_seen(session, make, samples, monkeypatch):
-    scheduler = make()
+def test_a_worker_that_hangs_is_seen(session, make, samples):
+    scheduler = make(hang_timeout_s=0)
     assert scheduler.failure() is None
     hold(session, scheduler, samples[0].data)
-    monkeypatch.setattr("app.engine.scheduler.HANG_TIMEOUT_S", 0)
     assert "busy with one image or batch" in scheduler.failure()
     session.gate.set()
 
