@@ -137,7 +137,7 @@ class Protocol(HttpToolsProtocol):
             return  # an empty line before a request is no part of it (RFC 9112, 2.2)
         self.active = begin = time.monotonic()
         self.idle.pop(self, None)
-        # the parser rests: it has not even seen an empty line, which may stand before a request
+        # the parser holds no part of a request, so one that is whole may go around it
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
         repeats = whole and not self.flow.write_paused and not self._last
         image = self._repeated.image(data) if repeats and self._repeated else None

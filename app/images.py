@@ -239,7 +239,7 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
 def _with_a_third_colour(data: bytes) -> bytes:
     """A BMP of bytes or half bytes that says it uses two colours, as if it used one more.
 
-    Pillow reads the pixels of one that uses black and white as bits, whatever their size.
+    Pillow reads a black-and-white palette as one bit a pixel, whatever the header says.
     """
     if data.startswith(b"BM") and data[28:29] in {b"\4", b"\x08"} and data[46:50] == b"\2\0\0\0":
         return data[:46] + b"\3" + data[47:]

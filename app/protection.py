@@ -239,7 +239,7 @@ def _begin(scope: Scope, request_id: str) -> Exchange:
     if prefix and (scope["path"] + "/").startswith(prefix + "/"):
         scope["path"] = scope["path"][len(prefix) :] or "/"
         scope["root_path"] = ""  # or the router would take it off once more
-    if scope["path"].endswith("\n"):  # a route's `$` lets one pass, of which metrics know nothing; two it does not
+    if scope["path"].endswith("\n"):  # a route's `$` also matches before one line feed, so it would be routed and not counted
         scope["path"] += "\n"
     # nobody wants them, yet FastAPI reads cookies: of 32 KB of backslashes for seconds (CVE-2024-7592)
     scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]

@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
             cast("Protocol", connection).enforce_deadlines(now)
 
     def _answer_to_parent(self, service: Service) -> None:
-        """Makes room for a sound process if the engine has failed, and leaves if nobody is there to do so."""
+        """Ends at once if the engine has failed, so that the parent starts another; drains if the parent is gone."""
         reason = service.scheduler.failure()
         # seen twice: a worker that was stopped together with the whole machine goes on in between
         self._failed_ticks = self._failed_ticks + 1 if reason else 0

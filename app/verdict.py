@@ -20,8 +20,8 @@ def softmax(logits: Sequence[float], temperature: float) -> list[float]:
     """Probabilities that sum to 1, one a class.
 
     Args:
-        logits: of one image.
-        temperature: divides the logits; fitted on held-out images (arXiv 1706.04599).
+        logits: [C], of one image.
+        temperature: divides the logits, above 0; fitted on held-out images (arXiv 1706.04599).
     """
     largest = max(logits)
     exponentials = [math.exp((logit - largest) / temperature) for logit in logits]
@@ -33,7 +33,7 @@ def energy(logits: Sequence[float], temperature: float) -> float:
     """Log of the sum of the exponentials of the scaled logits, in nats: higher for pictures like those of the training.
 
     Args:
-        logits: of one image.
+        logits: [C], of one image.
         temperature: as for `softmax`.
     """
     largest = max(logits)

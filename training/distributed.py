@@ -84,7 +84,11 @@ def local_device(device: str) -> str:
 
 @contextlib.contextmanager
 def join(device: torch.device) -> Iterator[Group]:
-    """The group that torchrun's environment describes, for as long as the context lasts; alone without one."""
+    """The group that torchrun's environment describes, for as long as the context lasts; alone without one.
+
+    Args:
+        device: of this process; CUDA means NCCL, else gloo.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group()

@@ -44,7 +44,21 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
 
 
 def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device: str) -> dict[str, Any]:
-    """As `evaluate`, on test images that are in memory already."""
+    """As `evaluate`, on test images that are in memory already.
+
+    Args:
+        checkpoint_path: a released checkpoint.
+        data: the test images.
+        output: JSON file to write.
+        device: where to compute.
+
+    Returns:
+        What was written: accuracy, per-class figures, calibration, origin.
+
+    Raises:
+        CheckpointError: not a released checkpoint.
+        DataError: the images are of other classes.
+    """
     checkpoint = load_checkpoint(checkpoint_path)
     description = checkpoint.description
     model = build_model(checkpoint)
@@ -67,7 +81,18 @@ def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device:
 def compute_logits(
     model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> Tensor:
-    """Logits of every image, un-augmented, in float32: float32 [N, C] on the CPU. Puts the model in evaluation mode."""
+    """Logits of every image as it is, computed in float32.
+
+    Args:
+        model: is put into evaluation mode, and on the device.
+        data: N images.
+        config: how pixels are normalised.
+        device: where to compute.
+        progress: show a bar.
+
+    Returns:
+        float32 [N, C] on the CPU.
+    """
     return compute_outputs(model, data, config, device, progress=progress)[0]
 
 

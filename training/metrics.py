@@ -70,7 +70,16 @@ def rejection_thresholds(scores: dict[str, Tensor], kept: float = 0.95) -> dict[
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:
-    """Equal-width confidence bins: count, mean confidence and accuracy of each (0 where a bin is empty)."""
+    """Bins of equal width over the confidence, the largest probability (arXiv 1706.04599).
+
+    Args:
+        logits: float [N, C].
+        labels: int64 [N].
+        temperature: divides the logits.
+
+    Returns:
+        For each bin count, mean confidence and accuracy (0 where it is empty).
+    """
     probabilities = F.softmax(logits.double() / temperature, dim=1)
     confidence, predicted = probabilities.max(1)
     index = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)

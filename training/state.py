@@ -36,7 +36,18 @@ class Progress:
 
 
 class TrainingState:
-    """Writes and reads the training checkpoint, and the released one at the end."""
+    """Writes and reads the training checkpoint, and the released one at the end.
+
+    Args:
+        config: of the run.
+        data: all training images, held-out ones too.
+        teacher: name and SHA-256 of the teacher's checkpoint, or None.
+        path: of the training checkpoint; the released one lies beside it.
+        model: in training.
+        ema: its moving average.
+        optimizer: of the model's parameters, in their order.
+        scaler: of the loss, in use with fp16.
+    """
 
     def __init__(
         self,
@@ -54,7 +65,14 @@ class TrainingState:
         self.data, self.data_sha256, self.teacher = data, data.fingerprint(), teacher
 
     def save(self, progress: Progress) -> None:
-        """Writes the training checkpoint; raises StorageError."""
+        """Writes the training checkpoint.
+
+        Args:
+            progress: where the run stands.
+
+        Raises:
+            StorageError: it could not be written; the one before it is kept.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.module.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
@@ -74,7 +92,14 @@ class TrainingState:
         _write(self.path, tensors, description)
 
     def load(self) -> Progress:
-        """Restores model, average and optimizer in place; raises ResumeError for another run's checkpoint."""
+        """Restores model, average and optimizer in place.
+
+        Returns:
+            Where the run stood.
+
+        Raises:
+            ResumeError: there is no checkpoint, or it is of other data, settings, code or another teacher.
+        """
         try:
             checkpoint = load_checkpoint(self.path)
         except CheckpointError as error:
@@ -161,7 +186,22 @@ class TrainingState:
         n_validation: int,
         runtime: Runtime,
     ) -> Path:
-        """Writes the released checkpoint, `model.safetensors`, and returns its path; raises StorageError."""
+        """Writes the released checkpoint, `model.safetensors`.
+
+        Args:
+            model: what is released, the average if there is one.
+            progress: where the run stands.
+            calibration: fitted on the held-out images.
+            n_training: images it was trained with.
+            n_validation: images held out.
+            runtime: what it ran on.
+
+        Returns:
+            Its path.
+
+        Raises:
+            StorageError: it could not be written.
+        """
         path = self.path.with_name("model.safetensors")
         description = {
             "name": self.config.model.name,

@@ -217,7 +217,13 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of a step, counted from 0."""
+    """Learning rate of a step.
+
+    Args:
+        config: peak, schedule and warm-up.
+        step: from 0.
+        total_steps: of the run.
+    """
     if config.schedule == "constant":
         return config.lr
     done = (step + 1) / total_steps
@@ -227,7 +233,13 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
-    """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `image_size`."""
+    """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `image_size`.
+
+    Args:
+        config: both sizes.
+        step: from 0.
+        total_steps: of the run.
+    """
     done = step / (0.7 * total_steps)
     if not config.start_size or done >= 1:
         return config.image_size

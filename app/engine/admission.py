@@ -95,7 +95,16 @@ class Admission:
         return futures
 
     def refusal(self, image: bytes, *, explain: bool, timeout_s: float) -> Overloaded | None:
-        """Why `submit` would refuse this image now, the same object while nothing has changed; None if it is to be asked."""
+        """Why `submit` would refuse this image now.
+
+        Args:
+            image: a whole image file.
+            explain: as for `submit`, as is timeout_s.
+            timeout_s: seconds.
+
+        Returns:
+            The same object while nothing has changed; None if `submit` is to be asked.
+        """
         if self._closed or (self._open and self._key(image, explain) in self._open):
             return None
         state = self.waiting(), self._busy(), self._service_time.image_s, timeout_s
@@ -170,7 +179,15 @@ class Admission:
         return item
 
     def is_wanted(self, item: Item, ready_by: float = -math.inf) -> bool:
-        """Drops who has left, refuses who would have it too late; False if nobody remains and nothing is to be done."""
+        """Drops who has left, and refuses who would have it too late.
+
+        Args:
+            item: taken from here.
+            ready_by: time.monotonic() at which the answer is expected.
+
+        Returns:
+            False if nobody remains and nothing is to be done.
+        """
         with self._lock:
             late = [asker for asker in item.askers if asker.deadline < ready_by]
             item.askers = [a for a in item.askers if a.deadline >= ready_by and not a.future.cancelled()]

@@ -12,7 +12,7 @@ from app.images import DecodedImage
 
 
 class Promise(Future[Outcome]):
-    """A future that tells when it is cancelled; a callback would be called, and paid for, at the end of each."""
+    """A future that tells when it is cancelled, and only then: `add_done_callback` would be paid for at the end of each."""
 
     on_cancel: Callable[[], None] = staticmethod(lambda: None)
 

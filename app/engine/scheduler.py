@@ -37,7 +37,8 @@ _LARGE_BYTES = 256 * 1024
 _HOLD_BACK_S = 0.005
 _HOLD_BACK_PIXELS = 512 * 512
 _HOLD_BACK_BYTES = 64 * 1024
-"""What is known is told at the latest when decoding of the next batch has taken so long, or comes to a larger picture or file."""
+"""Answers that wait for the next batch are told at the latest when its decoding has taken so long, or before it comes to a larger
+picture or file."""
 
 _SICK = 32
 """Images one after the other on which the model failed, each alone: it is the engine that is broken, as a GPU may be for good."""
