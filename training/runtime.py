@@ -48,5 +48,5 @@ def hardware(runtime: Runtime) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Computes in `bf16` or `fp16` where that is safe; in `float32` it changes nothing."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
