@@ -15,7 +15,7 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.protection import ApiKeys, App, RequestGuard, Scope, classifies
+from app.protection import ApiKeys, App, RequestGuard, Scope, classifies, routed_path
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.exchange import Exchange
@@ -46,6 +46,8 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         async with AsyncExitStack() as stack:
             try:
                 service = Service(settings, share=settings.processes if siblings else 1)
+                for sentence in settings.contradictions():
+                    logger.warning("%s", sentence)
                 close_traces = _watch(settings, service)
                 stack.push_async_callback(run_in_threadpool, close_traces)
                 stack.push_async_callback(run_in_threadpool, service.close)
@@ -103,6 +105,6 @@ def _watch(settings: Settings, service: Service) -> Callable[[], None]:
 
 def _tell(scope: Scope, exchange: Exchange) -> None:
     service: Service = scope["state"]["service"]
-    if classifies(scope["path"]):
+    if classifies(routed_path(scope)):
         service.metrics.count_request(exchange.status)
     service.tell(exchange)

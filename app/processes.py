@@ -51,7 +51,9 @@ _STARTED_S = 60.0
 """Whoever lives longer has started, whatever its exit code."""
 
 _RESPAWN_DELAY_S = 1.0
-_LONGEST_RESPAWN_DELAY_S = 16.0
+"""Between two starts of a process that lives no longer; twice as long, and so on, for one that does not start."""
+
+_MOST_DOUBLINGS = 4
 _POLL_S = 0.05
 
 
@@ -67,8 +69,10 @@ class Supervisor:
     def __init__(self, settings: Settings, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._settings, self._command, self._environment = settings, command, environment
         self._started: dict[int, float] = {}
-        self._stopping = False
+        self._due = [0.0] * settings.processes  # time.monotonic() at which those that are missing are to be started
         self._early_ends = 0
+        self._ever_ready = self._stopping = False
+        self._exit_code = 0
 
     def run(self) -> int:
         """Comes back when all have ended.
@@ -77,7 +81,7 @@ class Supervisor:
             Exit code: 0 after a signal, else that of the process that could not start.
 
         Raises:
-            StartupError: the address or the metrics' port cannot be opened.
+            StartupError: the address or the metrics' port cannot be opened, or no process be started.
         """
         bound = _bind(self._settings)
         host, port = bound.getsockname()[:2]
@@ -85,71 +89,83 @@ class Supervisor:
             folder = Path(name)
             everybody = CollectorRegistry()
             everybody.register(Siblings(folder))
-            whole = [*self._command, "--fd", str(bound.fileno()), "--siblings", name, "--parent", str(os.getpid())]
+            command = [*self._command, "--fd", str(bound.fileno()), "--siblings", name, "--parent", str(os.getpid())]
+
+            def stop(*_: object) -> None:
+                bound.close()  # or new clients would wait here, for nobody, until the last process has ended
+                self._stop()
+
             with metrics_server(self._settings, everybody):
-
-                def stop(*_: object) -> None:
-                    bound.close()  # or new clients would wait here, for nobody, until the last process has ended
-                    self._stop()
-
                 signal.signal(signal.SIGTERM, stop)
                 signal.signal(signal.SIGINT, stop)
-                for _ in range(self._settings.processes):
-                    self._spawn(whole)
-                ready = False
-                while self._started:
-                    pid, status = os.waitpid(-1, 0 if ready else os.WNOHANG)
-                    if pid:
-                        socket_path(folder, pid).unlink(missing_ok=True)  # if it was killed
-                        code = os.waitstatus_to_exitcode(status)
-                        if self._ended(pid, code, whole, ever_ready=ready):
-                            stop()
-                            return self._wait_for_all(code)
-                    elif any(folder.iterdir()):
-                        ready = True
+                # a wait that a signal ends has a moment in which it does not; looking twenty times a second has none
+                while self._started or not self._stopping:
+                    self._start_due(command)
+                    self._reap(folder)
+                    if not self._ever_ready and any(folder.iterdir()):
+                        self._ever_ready = True
                         logger.info("Uvicorn running on http://%s:%d (%d processes)", host, port, self._settings.processes)
-                    else:
-                        time.sleep(_POLL_S)
-        return 0
+                    time.sleep(_POLL_S)
+        return self._exit_code
 
-    def _spawn(self, command: list[str]) -> None:
-        pid = os.posix_spawn(command[0], command, self._environment)
+    def _start_due(self, command: list[str]) -> None:
+        now = time.monotonic()
+        for due in [due for due in self._due if due <= now]:
+            if self._stopping:
+                return
+            self._due.remove(due)
+            try:
+                pid = os.posix_spawn(command[0], command, self._environment)
+            except OSError as error:
+                if not self._ever_ready:
+                    self._stop()
+                    raise StartupError(f"a process cannot be started: {error}") from error
+                logger.error("a process cannot be started: %s", error)
+                self._replace(after_s=self._delay_s(early=True))
+                continue
+            self._watch(pid)
+
+    def _watch(self, pid: int) -> None:
         self._started[pid] = time.monotonic()
         if self._stopping:  # the signal came when it was not known yet
             os.kill(pid, signal.SIGTERM)
+
+    def _reap(self, folder: Path) -> None:
+        while self._started:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            if pid in self._started:  # as process 1 this one inherits others, too, whose parents have died
+                socket_path(folder, pid).unlink(missing_ok=True)  # if it was killed
+                self._ended(pid, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, pid: int, code: int) -> None:
+        """Has it replaced, if that is of any use."""
+        lived_s = time.monotonic() - self._started.pop(pid)
+        early = code in _CANNOT_START and lived_s < _STARTED_S
+        if self._stopping:
+            return
+        if early and not self._ever_ready:
+            logger.critical("process %d does not start (exit code %d); stopping", pid, code)
+            self._exit_code = code
+            self._stop()
+            return
+        # the others go on; what keeps this one from starting (memory, a file that is being replaced) may pass
+        logger.error("process %d ended with %d; it is replaced", pid, code)
+        self._replace(after_s=self._delay_s(early=early) - (0 if early else lived_s))
+
+    def _delay_s(self, *, early: bool) -> float:
+        self._early_ends = min(self._early_ends + 1, _MOST_DOUBLINGS) if early else 0
+        return _RESPAWN_DELAY_S * float(2**self._early_ends)
+
+    def _replace(self, *, after_s: float) -> None:
+        self._due.append(time.monotonic() + after_s)
 
     def _stop(self) -> None:
         self._stopping = True
         for pid in list(self._started):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-
-    def _ended(self, pid: int, code: int, command: list[str], *, ever_ready: bool) -> bool:
-        """Replaces a process that has ended; True if that is of no use, because none has ever started."""
-        if pid not in self._started:  # as process 1 this one inherits those whose parents have died
-            return False
-        lived_s = time.monotonic() - self._started.pop(pid)
-        if self._stopping:
-            return False
-        cannot_start = code in _CANNOT_START and lived_s < _STARTED_S
-        if cannot_start and not ever_ready:
-            logger.critical("process %d does not start (exit code %d); stopping", pid, code)
-            return True
-        # the others go on; what keeps this one from starting (memory, a file that is being replaced) may pass
-        self._early_ends = self._early_ends + 1 if cannot_start else 0
-        logger.error("process %d ended with %d; it is replaced", pid, code)
-        delay_s = min(_RESPAWN_DELAY_S * 2**self._early_ends, _LONGEST_RESPAWN_DELAY_S)
-        earliest = time.monotonic() - lived_s + delay_s
-        while time.monotonic() < earliest and not self._stopping:  # set by a signal, which a sleep would outlast
-            time.sleep(_POLL_S)
-        if not self._stopping:
-            self._spawn(command)
-        return False
-
-    def _wait_for_all(self, code: int) -> int:
-        for pid in self._started:
-            os.waitpid(pid, 0)
-        return code
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -39,6 +39,13 @@ def classifies(path: str) -> bool:
     return path == "/classify" or (path.startswith("/v2/models/") and path.endswith("/infer"))
 
 
+def routed_path(scope: Scope) -> str:
+    """The request's path as routes have it: without the prefix below which a proxy or Ray Serve has put the service (ASGI 3)."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "").rstrip("/")
+    return path[len(prefix) :] if prefix and path.startswith(prefix + "/") else path
+
+
 def choose_request_id(sent: bytes) -> str:
     """The client's own `X-Request-ID` if it is short and plain, else a new one."""
     return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
@@ -180,6 +187,7 @@ class RequestGuard:
             if started:
                 raise
             if service.drain_by is None:  # by Ray Serve: its client has left, or it has waited long enough
+                exchange.route = getattr(scope.get("route"), "path", None)
                 exchange.finish(CLIENT_LEFT, 0)
                 self.on_response(scope, exchange)
                 raise
@@ -189,7 +197,7 @@ class RequestGuard:
             service.bodies.give_back(body.received)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if scope["path"].startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
+        if routed_path(scope).startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
             raise Unauthorized("this service asks for a key: send `Authorization: Bearer KEY`")
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
@@ -234,11 +242,6 @@ class _LimitedBody:
 
 def _begin(scope: Scope, request_id: str) -> Exchange:
     """Puts request id and exchange where routes find them, and takes out what they must not."""
-    # below a prefix (Ray Serve's `route_prefix`) paths are told with it, and everything here knows them without
-    prefix = scope.get("root_path", "").rstrip("/")
-    if prefix and (scope["path"] + "/").startswith(prefix + "/"):
-        scope["path"] = scope["path"][len(prefix) :] or "/"
-        scope["root_path"] = ""  # or the router would take it off once more
     if scope["path"].endswith("\n"):  # a route's `$` also matches before one line feed, so it would be routed and not counted
         scope["path"] += "\n"
     # nobody wants them, yet FastAPI reads cookies: of 32 KB of backslashes for seconds (CVE-2024-7592)

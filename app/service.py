@@ -49,8 +49,6 @@ class Service:
 
     def __init__(self, settings: Settings, *, share: int = 1) -> None:
         self.settings = settings
-        for sentence in settings.contradictions():
-            logger.warning("%s", sentence)
         self.leaving = False
         self.drain_by: float | None = None
         self.gathered: GatheredMetrics | None = None

@@ -52,6 +52,7 @@ class ServerProcess:
                 if httpx.get(f"{address[1]}/readyz").status_code == 200:
                     return address[1]
             assert time.monotonic() < give_up, self.log
+            time.sleep(0.02)
 
     def wait(self) -> int:
         """Exit code, once the process has ended."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app.errors import CLIENT_LEFT, InvalidParameter, ServiceError, Unauthorized
-from app.protection import Send
+from app.protection import Send, routed_path
 from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def defect_response(path: str, error: Exception, request_id: str) -> Response:
 async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
     """Answers a failure found outside FastAPI."""
     _note(scope, error.code, error)
-    response = problem_response(scope["path"], error, scope["state"]["request_id"])
+    response = problem_response(routed_path(scope), error, scope["state"]["request_id"])
 
     async def no_body() -> MutableMapping[str, Any]:
         return {"type": "http.disconnect"}
@@ -98,13 +98,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> Response:
         _note(request.scope, error.code, error)
-        return problem_response(request.scope["path"], error, request.state.request_id)
+        return problem_response(routed_path(request.scope), error, request.state.request_id)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
         details = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
         _note(request.scope, InvalidParameter.code, error)
-        status, path = HTTPStatus.UNPROCESSABLE_ENTITY, request.scope["path"]
+        status, path = HTTPStatus.UNPROCESSABLE_ENTITY, routed_path(request.scope)
         return _respond(path, status, InvalidParameter.code, details, request.state.request_id, {})
 
     @app.exception_handler(HTTPException)
@@ -113,7 +113,7 @@ def install(app: FastAPI) -> None:
         code = status.phrase.lower().replace(" ", "_")
         _note(request.scope, code, error)
         headers = dict(error.headers or {})
-        return _respond(request.scope["path"], status, code, str(error.detail), request.state.request_id, headers)
+        return _respond(routed_path(request.scope), status, code, str(error.detail), request.state.request_id, headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_left(request: Request, _: ClientDisconnect) -> Response:
@@ -127,7 +127,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
         _note(request.scope, ServiceError.code, error)
-        return defect_response(request.scope["path"], error, request.state.request_id)
+        return defect_response(routed_path(request.scope), error, request.state.request_id)
 
 
 def _note(scope: MutableMapping[str, Any], code: str, error: Exception) -> None:

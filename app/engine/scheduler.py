@@ -41,7 +41,8 @@ _HOLD_BACK_BYTES = 64 * 1024
 picture or file."""
 
 _SICK = 32
-"""Images one after the other on which the model failed, each alone: it is the engine that is broken, as a GPU may be for good."""
+"""Images on which the model failed, each alone, or batches that failed otherwise, one after the other: it is the engine that is
+broken, as a GPU may be for good."""
 
 _REST_S = 5.0
 """A worker that had nothing to do for so long gives back the memory that work has left behind."""
@@ -183,7 +184,7 @@ class Scheduler:
                 self._process(batch, alone and number == 0, untold)
         except Exception:  # nobody may wait for ever, and the worker must live
             logger.exception("a batch failed outside decoding and inference")
-            self._failed_in_row += sum(len(batch) for batch in batches)
+            self._failed_in_row += 1
             for item in itertools.chain(*batches):
                 self.admission.fail(item, InferenceFailed("the engine failed; the log has the reason"))
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
-from starlette.concurrency import run_in_threadpool
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +105,6 @@ class GatheredMetrics:
         """Prometheus text format."""
         async with self._gathering:
             if time.monotonic() > self._gathered + _GATHERED_FOR_S:
-                self._text = await run_in_threadpool(generate_latest, self._registry)
+                self._text = await asyncio.to_thread(generate_latest, self._registry)
                 self._gathered = time.monotonic()
             return self._text

@@ -234,8 +234,9 @@ def test_an_upload_that_stalls_is_counted_once_as_what_it_was_told(start):
         connection.sendall(CLASSIFY + b"X-Request-ID: mine\r\n" + STALLING)
         ((status, _, body),) = answers(connection)
     assert (status, body["code"], body["request_id"]) == (408, "receive_timeout", "mine")
+    give_up = time.monotonic() + 30
     while 'convmixer_requests_total{status="408"} 1.0' not in (text := httpx.get(f"{url}/metrics").text):
-        pass
+        assert time.monotonic() < give_up, text
     assert 'convmixer_failures_total{code="receive_timeout"} 1.0' in text
     assert 'status="499"} 0.0' in text
     assert server.stop() == 0

@@ -7,13 +7,15 @@ import re
 import shutil
 import signal
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from app.load import prepare
+from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
 from torture.rolling import CONFIGURATION, Cluster
@@ -101,11 +103,22 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
     bodies = [sample.data for sample in samples[:20]]
     labels = expected_labels(cluster.port, bodies)
     requests = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
+    killed = threading.Event()
+
+    def load() -> list[Tally]:
+        """Until well after the kill."""
+        tallies = []
+        while not killed.is_set():
+            tallies.append(closed_loop(cluster.port, requests, 4, 4))
+        return tallies
+
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(closed_loop, cluster.port, requests, 4, 15)
+        loaded = pool.submit(load)
         assert cluster.restart(0) == 0
+        time.sleep(1)  # in the middle of some load
         cluster.replicas[1].process.send_signal(signal.SIGKILL)
-        assert not load.done(), "the load was over before the kill"
-        tally = load.result()
-    assert len(tally.right) == tally.sent > 0
-    assert not tally.lost
+        time.sleep(1)
+        killed.set()
+        tallies = loaded.result()
+    assert all(len(tally.right) == tally.sent > 0 for tally in tallies)
+    assert not any(tally.lost for tally in tallies)

@@ -266,7 +266,7 @@ def _header_length(headers: Headers, body_length: int) -> int | None:
 
 def _unless(reason: str | None, request: Request) -> Response | None:
     """A probe's no, if there is a reason for one; it is no refused request, and not counted as one."""
-    return problem_response(request.scope["path"], NotServing(reason), request.state.request_id) if reason else None
+    return problem_response("/v2", NotServing(reason), request.state.request_id) if reason else None
 
 
 def _nanoseconds(duration: Duration) -> DurationStatistics:
