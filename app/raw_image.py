@@ -17,8 +17,9 @@ from pydantic_core import to_json
 
 from app.api.classify import RAW_TYPES, Wanted
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
+from app.deadline import MOST_ASKED_MS, deadline_ms, time_left_s
 from app.engine.outcome import Outcome, Timing
-from app.errors import CLIENT_LEFT, DeadlineExceeded, ServiceError
+from app.errors import CLIENT_LEFT, ServiceError
 from app.protection import choose_request_id
 from app.telemetry.exchange import Exchange, server_timing
 from app.verdict import judge
@@ -30,6 +31,7 @@ _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
 _MAX_DIGITS = 3
 """Longer numbers are the route's business."""
+_MAX_DEADLINE_DIGITS = len(str(MOST_ASKED_MS))
 _LONGEST_LENGTH = 12
 _LONGEST_HEAD = 2048
 """Longer ones are parsed each time: what is kept counts once a connection."""
@@ -60,7 +62,7 @@ def match(protocol: Protocol) -> Head | None:
     path, _, query = protocol.url.partition(b"?")
     if path != b"/classify" or protocol.parser.get_method() != b"POST" or protocol.flow.write_paused:
         return None
-    length, is_raw, deadline_ms, request_id = -1, False, protocol.settings.deadline_ms, b""
+    length, is_raw, asked, request_id = -1, False, None, b""
     for name, value in protocol.headers:
         if name == b"content-type":
             is_raw = value in _RAW_TYPES
@@ -69,14 +71,14 @@ def match(protocol: Protocol) -> Head | None:
         elif name == b"x-request-id":
             request_id = value
         elif name == b"x-deadline-ms":
-            if not value.isdigit() or len(value) > 7 or not 0 < int(value) <= 3_600_000:
+            if not value.isdigit() or len(value) > _MAX_DEADLINE_DIGITS or not 0 < int(value) <= MOST_ASKED_MS:
                 return None
-            deadline_ms = min(int(value), protocol.settings.max_deadline_ms)
+            asked = int(value)
         elif name in _UNUSUAL:
             return None
     if not is_raw or not 0 < length <= protocol.settings.max_body_bytes or not protocol.service.keys.admit(protocol.headers):
         return None
-    wanted = _wanted(query, deadline_ms)
+    wanted = _wanted(query, deadline_ms(asked, protocol.settings))
     # HTTP/1.0 could ask to be kept, but would wait for a header that says so
     keep_alive = protocol.parser.should_keep_alive() and protocol.parser.get_http_version() != "1.0"
     return Head(wanted, request_id, keep_alive, protocol.headers) if wanted else None
@@ -196,10 +198,8 @@ class RawImageRequest:
 
     def _begin(self) -> None:
         image, self.body = bytes(self.body), b""
-        timeout_s = self.head.wanted.deadline_ms / 1000 - (time.monotonic() - self.begin)
         try:
-            if timeout_s <= 0:
-                raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
+            timeout_s = time_left_s(self.head.wanted.deadline_ms / 1000, self.begin)
             (self.future,) = self.protocol.service.scheduler.submit(
                 [image], explain=self.head.wanted.explain, timeout_s=timeout_s
             )

@@ -24,8 +24,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
+from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.problems import problem_response
+from app.deadline import deadline_ms
 from app.engine.outcome import Outcome, Timing
 from app.errors import MalformedRequest, ServiceError, TooManyImages, UndecodableImage, UnsupportedMediaType
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error

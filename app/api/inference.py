@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any
@@ -13,25 +12,14 @@ from typing import Annotated, Any
 from fastapi import Header, Request, Response
 from starlette.requests import ClientDisconnect
 
+from app.deadline import MOST_ASKED_MS, time_left_s
 from app.engine.outcome import Outcome
-from app.errors import DeadlineExceeded
 from app.images import DecodedImage
 from app.protection import Receive, Scope, Send
 from app.service import Service
-from app.settings import Settings
 
-DeadlineHeader = Annotated[int | None, Header(ge=1, le=3_600_000, description="Time this request may take.")]
+DeadlineHeader = Annotated[int | None, Header(ge=1, le=MOST_ASKED_MS, description="Time this request may take.")]
 """`X-Deadline-Ms`."""
-
-
-def deadline_ms(asked: int | None, settings: Settings) -> int:
-    """Milliseconds that a request may take.
-
-    Args:
-        asked: `X-Deadline-Ms`, if it was sent.
-        settings: the default, and the most.
-    """
-    return min(asked, settings.max_deadline_ms) if asked else settings.deadline_ms
 
 
 SHORT_JSON = 256 * 1024
@@ -98,9 +86,7 @@ async def infer(
         ClientDisconnect: the client has left.
     """
     service: Service = request.state.service
-    timeout_s = deadline_s - (time.monotonic() - begin)
-    if timeout_s <= 0:
-        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
+    timeout_s = time_left_s(deadline_s, begin)
     leaving = asyncio.ensure_future(_client_leaves(request.receive))
     try:
         futures = service.scheduler.submit(images, explain=explain, timeout_s=timeout_s) if images else []

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 
 from app import __version__
 from app.api.codings import compress, decompress
-from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, deadline_ms, infer, read_body
+from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.schemas import (
     INFER_RESPONSES,
@@ -40,6 +40,7 @@ from app.api.open_inference.schemas import (
     StatisticsAnswer,
 )
 from app.api.problems import problem_response
+from app.deadline import deadline_ms
 from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
