@@ -196,7 +196,7 @@ def test_mixed_traffic_of_many_clients_answers_each_as_alone(base_url, client, s
     alone = {s.path: classify(client, s.data)["confidence"] for s in chosen}
 
     def hurry(sample):
-        with httpx.Client(base_url=base_url, timeout=60) as own:
+        with httpx.Client(base_url=base_url, timeout=60, headers={"X-Deadline-Ms": "60000"}) as own:
             bad = own.post("/classify", content=sample.data[:80], headers=WEBP)
             return bad.status_code, classify(own, sample.data)["confidence"]
 
