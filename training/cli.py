@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training.errors import ConfigError, TrainingError
+from training.errors import ConfigError, Stopped, TrainingError
 from training.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -235,6 +236,9 @@ def main() -> None:
 
     try:
         app()
+    except Stopped as stopped:
+        typer.echo(str(stopped), err=True)
+        raise SystemExit(128 + (stopped.number or signal.SIGTERM)) from stopped
     except (TrainingError, CheckpointError, ExportError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error

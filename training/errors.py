@@ -21,5 +21,21 @@ class DivergenceError(TrainingError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class Stopped(TrainingError):
+    """The run was asked to end, and was saved; it can be continued.
+
+    Args:
+        message: at which step, and why.
+        number: of the signal that came; None if the run's deadline did.
+
+    Attributes:
+        number: the same.
+    """
+
+    def __init__(self, message: str, number: int | None) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class StorageError(TrainingError):
     """A checkpoint or report could not be written, usually because the disk is full."""

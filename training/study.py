@@ -24,7 +24,7 @@ from training import __version__
 from training.calibrate import CLASS_MEAN_IMAGES
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
-from training.errors import ConfigError, ResumeError
+from training.errors import ConfigError, ResumeError, Stopped
 from training.evaluate import evaluate_images
 from training.runtime import Runtime, autocast, hardware
 from training.train import train
@@ -139,7 +139,7 @@ def run_study(
 
     Raises:
         ResumeError: `output` holds a run of other settings, data or code.
-        SystemExit: SIGTERM or SIGINT came; the run in hand was saved first.
+        Stopped: SIGTERM or SIGINT came; the run in hand was saved first.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     finished = {(c.name, c.config.seed): _load_result(output, c) for c in study.cells}
@@ -266,8 +266,8 @@ def _run(cell: Cell, training: ImageSet, test: ImageSet, output: Path, runtime: 
     try:
         resume = (folder / "last.safetensors").exists()
         train(cell.config, training, folder, replace(runtime, tensorboard=False), resume=resume, deadline=deadline)
-    except SystemExit:
-        if time.monotonic() > deadline:
+    except Stopped as stopped:
+        if stopped.number is None:
             return False
         raise
     report = evaluate_images(checkpoint, test, folder / "evaluation.json", runtime.device)

@@ -34,7 +34,7 @@ from training.data import ImageSet, split_validation
 from training.distill import Distillation
 from training.distributed import join, local_device
 from training.ema import MovingAverage
-from training.errors import DataError, DivergenceError, ResumeError, StorageError
+from training.errors import DataError, DivergenceError, ResumeError, Stopped, StorageError
 from training.evaluate import compute_logits
 from training.fused import use_cpu_kernels
 from training.muon import Muon, hidden_matrices
@@ -81,7 +81,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         ResumeError: there is nothing to resume, or it belongs to another run; or a new run would overwrite one.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
-        SystemExit: SIGTERM or SIGINT came, or the deadline; a checkpoint was written first.
+        Stopped: SIGTERM or SIGINT came, or the deadline; a checkpoint was written first.
     """
     config = replace(config, model=replace(config.model, num_classes=len(data.classes)))
     training, validation = split_validation(data, config.val_fraction)
@@ -207,8 +207,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 begun, rated_from = time.monotonic(), progress.step
             if stop:
                 reason = "by a signal" if termination else "at its deadline"
-                tqdm.write(f"stopped at step {step + 1} {reason}; continue with --resume", file=sys.stderr)
-                raise SystemExit(128 + (termination or [signal.SIGTERM])[0])
+                number = termination[0] if termination else None
+                raise Stopped(f"stopped at step {step + 1} {reason}; continue with --resume", number)
         if group.leads:
             released = ema.module if config.ema_decay else model
             calibration = calibrate(released, training, validation, config, device)

@@ -27,7 +27,7 @@ from training.augment import normalization
 from training.calibrate import calibrate
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
-from training.errors import ConfigError, DataError, DivergenceError, ResumeError, StorageError
+from training.errors import ConfigError, DataError, DivergenceError, ResumeError, Stopped, StorageError
 from training.evaluate import compute_logits
 from training.runtime import Runtime, hardware
 from training.train import image_size_at, learning_rate, train
@@ -384,9 +384,9 @@ def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: P
     hook = torch.nn.modules.module.register_module_forward_hook(stop)
     try:
         for step in stops:
-            with pytest.raises(SystemExit) as end:
+            with pytest.raises(Stopped) as end:
                 train(config, animals, tmp_path, QUIET, resume=step != stops[0])
-            assert end.value.code == 128 + signal.SIGTERM
+            assert end.value.number == signal.SIGTERM
             assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == step
         resumed = train(config, animals, tmp_path, QUIET, resume=True)
     finally:
@@ -400,7 +400,7 @@ def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: P
 @pytest.mark.usefixtures("no_compiler")
 def test_a_run_stopped_by_its_deadline_goes_on(animals: ImageSet, whole_run: Path, tmp_path: Path) -> None:
     config = replace(TINY, epochs=3)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         train(config, animals, tmp_path, QUIET, deadline=0.0)
     assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == 1
     assert_same_weights(train(config, animals, tmp_path, QUIET, resume=True), whole_run)
@@ -410,7 +410,7 @@ def test_a_run_stopped_by_its_deadline_goes_on(animals: ImageSet, whole_run: Pat
 def test_what_muon_remembers_is_resumed_too(animals: ImageSet, tmp_path: Path) -> None:
     config = replace(TINY, optimizer="muon")
     whole = train(config, animals, tmp_path / "whole", QUIET)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         train(config, animals, tmp_path, QUIET, deadline=0.0)
     assert_same_weights(train(config, animals, tmp_path, QUIET, resume=True), whole)
 
@@ -428,7 +428,7 @@ def interrupted_at(animals: ImageSet, tmp_path: Path, no_compiler: None) -> Call
 
         hook = torch.nn.modules.module.register_module_forward_hook(stop)
         try:
-            with pytest.raises(SystemExit):
+            with pytest.raises(Stopped):
                 train(TINY, animals, tmp_path / "run", QUIET)
         finally:
             hook.remove()
@@ -473,12 +473,12 @@ def test_ctrl_c_saves_the_step_it_is_in(animals: ImageSet, tmp_path: Path, monke
     watcher = threading.Thread(target=interrupt_once_it_runs)
     watcher.start()
     try:
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(Stopped) as end:
             train(replace(TINY, epochs=10**6), animals, tmp_path, QUIET)  # only the signal ends it
     finally:
         ended.set()
         watcher.join()
-    assert end.value.code == 128 + signal.SIGINT
+    assert end.value.number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     description = load_checkpoint(last).description
     assert description["step"] >= 1
