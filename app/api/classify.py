@@ -75,15 +75,15 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.4.0"},
+    "model": {"name": "fast", "version": "1.5.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.9994,
+            "confidence": 0.9978,
             "in_distribution": True,
-            "in_distribution_score": 0.638,
-            "top_k": [{"label": "cat", "probability": 0.9994}, {"label": "frog", "probability": 0.0001}],
+            "in_distribution_score": 0.607,
+            "top_k": [{"label": "cat", "probability": 0.9978}, {"label": "airplane", "probability": 0.0006}],
             "warnings": [],
         }
     ],
