@@ -186,7 +186,7 @@ def test_every_line_is_json_uvicorns_too(server, client):
     assert request_id
     assert line_of(server, request_id[1].decode())["code"] == "malformed_request"
     loggers = {json.loads(line)["logger"] for line in server.log.splitlines()}
-    assert loggers == {"uvicorn.error", "app.service", "app.access"}
+    assert loggers == {"uvicorn.error", "app.main", "app.service", "app.access"}
 
 
 # --- Prometheus and Grafana
