@@ -22,13 +22,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from app import raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.protection import OUT_OF_TIME, choose_request_id
 from app.telemetry.exchange import Exchange
+from app.wire import DefaultHeaders, compose
 
 if TYPE_CHECKING:
     from app.service import Service
@@ -67,7 +68,7 @@ class Protocol(HttpToolsProtocol):
 
     idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
     last_refusal: ClassVar[refusal.Written | None] = None
-    _written_headers: ClassVar[tuple[list[tuple[bytes, bytes]], bytes]] = [], b""
+    _default_headers: ClassVar[DefaultHeaders] = DefaultHeaders()
 
     def __init__(self, config: uvicorn.Config, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
@@ -364,39 +365,13 @@ class Protocol(HttpToolsProtocol):
     def write(
         self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
     ) -> None:
-        """Sends a whole answer; for the arguments see `compose`."""
-        self.transport.write(self.compose(status, media_type, body, headers, request_id, keep_alive=keep_alive))
-
-    def compose(
-        self, status: HTTPStatus, media_type: str, body: bytes, headers: dict[str, str], request_id: str, *, keep_alive: bool
-    ) -> bytes:
-        """A whole answer as it is sent.
-
-        Args:
-            status: of the answer.
-            media_type: of the body.
-            body: all of it.
-            headers: besides those that every answer has.
-            request_id: for the header.
-            keep_alive: whether the client may send another request.
-        """
-        return b"%b%bcontent-type: %b\r\ncontent-length: %d\r\n%bx-request-id: %b\r\n%b\r\n%b" % (
-            STATUS_LINE[status],
-            self.default_headers(),
-            media_type.encode(),
-            len(body),
-            "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode(),
-            request_id.encode(),
-            b"" if keep_alive else b"connection: close\r\n",
-            body,
-        )
+        """Sends a whole answer; for the arguments see `wire.compose`."""
+        default_headers = self.default_headers()
+        self.transport.write(compose(status, default_headers, media_type, body, headers, request_id, keep_alive=keep_alive))
 
     def default_headers(self) -> bytes:
-        """Those of every answer, written down anew when uvicorn has new ones: once a second, for the date."""
-        headers = self.server_state.default_headers
-        if Protocol._written_headers[0] is not headers:
-            Protocol._written_headers = headers, b"".join([b"%b: %b\r\n" % header for header in headers])
-        return Protocol._written_headers[1]
+        """Those of every answer, written down; the same object until they change."""
+        return self._default_headers.write(self.server_state.default_headers)
 
 
 def _ignore_upgrade(data: bytes) -> bytes:

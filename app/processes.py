@@ -121,7 +121,7 @@ class Supervisor:
                     self._stop()
                     raise StartupError(f"a process cannot be started: {error}") from error
                 logger.error("a process cannot be started: %s", error)
-                self._replace(after_s=self._delay_s(early=True))
+                self._replace(now, early=True)
                 continue
             self._watch(pid)
 
@@ -141,8 +141,8 @@ class Supervisor:
 
     def _ended(self, pid: int, code: int) -> None:
         """Has it replaced, if that is of any use."""
-        lived_s = time.monotonic() - self._started.pop(pid)
-        early = code in _CANNOT_START and lived_s < _STARTED_S
+        begin = self._started.pop(pid)
+        early = code in _CANNOT_START and time.monotonic() - begin < _STARTED_S
         if self._stopping:
             return
         if early and not self._ever_ready:
@@ -152,14 +152,12 @@ class Supervisor:
             return
         # the others go on; what keeps this one from starting (memory, a file that is being replaced) may pass
         logger.error("process %d ended with %d; it is replaced", pid, code)
-        self._replace(after_s=self._delay_s(early=early) - (0 if early else lived_s))
+        self._replace(begin, early=early)
 
-    def _delay_s(self, *, early: bool) -> float:
+    def _replace(self, begin: float, *, early: bool) -> None:
+        """Has another started, at the earliest some time after the begin of the one that is missing."""
         self._early_ends = min(self._early_ends + 1, _MOST_DOUBLINGS) if early else 0
-        return _RESPAWN_DELAY_S * float(2**self._early_ends)
-
-    def _replace(self, *, after_s: float) -> None:
-        self._due.append(time.monotonic() + after_s)
+        self._due.append(begin + _RESPAWN_DELAY_S * (1 << self._early_ends))
 
     def _stop(self) -> None:
         self._stopping = True

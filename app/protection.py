@@ -160,13 +160,16 @@ class RequestGuard:
         body = _LimitedBody(receive, self.max_body_bytes, service.bodies)
         started = False
 
+        def finish(status: int, sent_bytes: int) -> None:
+            exchange.route = getattr(scope.get("route"), "path", None)  # the router has put it there by now
+            exchange.finish(status, sent_bytes)
+
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 sent = message.get("headers", ())
-                exchange.route = getattr(scope.get("route"), "path", None)
-                exchange.finish(message["status"], int(dict(sent).get(b"content-length", 0)))
+                finish(message["status"], int(dict(sent).get(b"content-length", 0)))
                 timing = server_timing(exchange.timings, exchange.seconds)
                 message["headers"] = [*sent, (b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
                 self.on_response(scope, exchange)
@@ -187,8 +190,7 @@ class RequestGuard:
             if started:
                 raise
             if service.drain_by is None:  # by Ray Serve: its client has left, or it has waited long enough
-                exchange.route = getattr(scope.get("route"), "path", None)
-                exchange.finish(CLIENT_LEFT, 0)
+                finish(CLIENT_LEFT, 0)
                 self.on_response(scope, exchange)
                 raise
             body.unread = True

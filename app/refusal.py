@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from app.api.problems import MEDIA_TYPE, problem_body, problem_headers
 from app.errors import Overloaded
 from app.telemetry.exchange import server_timing
+from app.wire import compose
 
 if TYPE_CHECKING:
     from app.connection import Protocol
@@ -41,10 +42,11 @@ class Written(NamedTuple):
         """Written down as every other answer is."""
         body = problem_body(error.status, error.code, error.detail, _REQUEST_ID)
         headers = {**problem_headers(error), "Server-Timing": _NO_TIME}
-        wire = protocol.compose(error.status, MEDIA_TYPE, body, headers, _REQUEST_ID, keep_alive=True)
+        default_headers = protocol.default_headers()
+        wire = compose(error.status, default_headers, MEDIA_TYPE, body, headers, _REQUEST_ID, keep_alive=True)
         before, timing, after = wire.partition(_NO_TIME.encode())
         timing = timing.removesuffix(_MILLISECONDS.encode())
-        return cls(error, protocol.default_headers(), [before + timing, *after.split(_REQUEST_ID.encode())])
+        return cls(error, default_headers, [before + timing, *after.split(_REQUEST_ID.encode())])
 
 
 def refuse(protocol: Protocol, head: Head, image: bytes) -> bool:

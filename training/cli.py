@@ -238,7 +238,7 @@ def main() -> None:
         app()
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
-        raise SystemExit(128 + (stopped.number or signal.SIGTERM)) from stopped
+        raise SystemExit(128 + (stopped.signal_number or signal.SIGTERM)) from stopped
     except (TrainingError, CheckpointError, ExportError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error

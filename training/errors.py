@@ -26,15 +26,15 @@ class Stopped(TrainingError):
 
     Args:
         message: at which step, and why.
-        number: of the signal that came; None if the run's deadline did.
+        signal_number: of the signal that came; None if the run's deadline did.
 
     Attributes:
-        number: the same.
+        signal_number: the same.
     """
 
-    def __init__(self, message: str, number: int | None) -> None:
+    def __init__(self, message: str, signal_number: int | None) -> None:
         super().__init__(message)
-        self.number = number
+        self.signal_number = signal_number
 
 
 class StorageError(TrainingError):

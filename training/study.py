@@ -267,7 +267,7 @@ def _run(cell: Cell, training: ImageSet, test: ImageSet, output: Path, runtime: 
         resume = (folder / "last.safetensors").exists()
         train(cell.config, training, folder, replace(runtime, tensorboard=False), resume=resume, deadline=deadline)
     except Stopped as stopped:
-        if stopped.number is None:
+        if stopped.signal_number is None:
             return False
         raise
     report = evaluate_images(checkpoint, test, folder / "evaluation.json", runtime.device)

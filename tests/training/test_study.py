@@ -143,7 +143,7 @@ def test_an_interrupted_study_ends_with_the_same_results_and_page(
     for step, finished in ((3, 0), (9, 2)):  # in the first run, then in the third: 5 steps an epoch, 7 + 2 to go
         with sigterm_at(step), pytest.raises(Stopped) as end:
             run_study(study, CIFAR10, output, QUIET)
-        assert end.value.number == signal.SIGTERM
+        assert end.value.signal_number == signal.SIGTERM
         assert len(list(output.glob("*/*/result.json"))) == finished
         assert len(list(output.glob("*/*/last.safetensors"))) == 1
     assert len(run_study(study, CIFAR10, output, QUIET, minutes=1e-6)["runs"]) == 2, "no time, no run"

@@ -386,7 +386,7 @@ def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: P
         for step in stops:
             with pytest.raises(Stopped) as end:
                 train(config, animals, tmp_path, QUIET, resume=step != stops[0])
-            assert end.value.number == signal.SIGTERM
+            assert end.value.signal_number == signal.SIGTERM
             assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == step
         resumed = train(config, animals, tmp_path, QUIET, resume=True)
     finally:
@@ -478,7 +478,7 @@ def test_ctrl_c_saves_the_step_it_is_in(animals: ImageSet, tmp_path: Path, monke
     finally:
         ended.set()
         watcher.join()
-    assert end.value.number == signal.SIGINT
+    assert end.value.signal_number == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     description = load_checkpoint(last).description
     assert description["step"] >= 1
