@@ -47,13 +47,14 @@ class Augmentation:
         self._mean = torch.tensor(config.normalize_mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(config.normalize_std, device=device).view(1, 3, 1, 1)
 
-    def __call__(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, size: int, *, mix: bool = True) -> tuple[Tensor, Tensor]:
         """Augments one batch.
 
         Args:
             images: uint8 [N, 3, S, S], RGB.
             labels: int64 [N].
             size: side of the result in pixels.
+            mix: whether mixup and cutmix, if configured, are done.
 
         Returns:
             Normalised images, float32 [N, 3, size, size], and targets: int64 [N], or with mixup or cutmix float32
@@ -95,7 +96,7 @@ class Augmentation:
         batch = (batch - self._mean) / self._std
         if config.erase:
             batch = _erase(batch, draw, config.erase)
-        return self._mix(batch, labels) if self._mix else (batch, labels)
+        return self._mix(batch, labels) if self._mix and mix else (batch, labels)
 
 
 def normalization(config: TrainConfig) -> v2.Transform:

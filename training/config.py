@@ -29,6 +29,7 @@ class AugmentConfig:
         erase: probability of erasing a rectangle (arXiv 1708.04896).
         mixup: alpha of the Beta distribution (arXiv 1710.09412); 0 switches it off.
         cutmix: alpha of the Beta distribution (arXiv 1905.04899); 0 switches it off. With both, each batch draws one.
+        mix_until: share of the run with mixup and cutmix; the rest is learnt from pictures as they are (arXiv 1909.09148).
     """
 
     pad_crop: int = 0
@@ -40,6 +41,7 @@ class AugmentConfig:
     erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_until: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class TrainConfig:
             )
             or (self.model.image_size == self.image_size and self.start_size in (0, self.image_size)),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
-            "flip and erase must be in [0, 1]": all(0 <= p <= 1 for p in (self.augment.flip, self.augment.erase)),
+            "flip, erase and mix_until must be in [0, 1]": all(
+                0 <= p <= 1 for p in (self.augment.flip, self.augment.erase, self.augment.mix_until)
+            ),
             "pad_crop, randaugment_ops, mixup and cutmix must not be negative": min(
                 self.augment.pad_crop, self.augment.randaugment_ops, self.augment.mixup, self.augment.cutmix
             )

@@ -141,6 +141,33 @@ PRESETS: dict[str, Preset] = {
         cost="116 minutes on two Zen 5 cores, bf16, beside other work (300 images a second)",
         result="94.61 % on the test set, one run: the model that ships (docs/model-card.md)",
     ),
+    "cpu-7": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+            augment=AugmentConfig(
+                crop_scale=0.75,
+                flip=0.5,
+                randaugment_ops=2,
+                randaugment_magnitude=10,
+                mixup=0.2,
+                cutmix=0.5,
+                mix_until=0.8,
+            ),
+            start_size=24,
+            epochs=46,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.005,
+            muon_lr=0.005,
+            warmup=0.05,
+            weight_decay=0.02,
+            ema_decay=0.999,
+            seed=3,
+        ),
+        source="ours: a seventh cycle, begun with what `cpu-6` ended with (--init), its last fifth without mixing",
+        cost="two hours on two Zen 5 cores, bf16, beside other work",
+        result="running",
+    ),
     "small": Preset(
         TrainConfig(
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),

@@ -142,7 +142,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             torch.manual_seed(_mix_seed(config.seed, step))
             batch = order[position * config.batch_size : (position + 1) * config.batch_size]
             size = image_size_at(config, step, total_steps)
-            pictures, targets = augment(images[batch], labels[batch], size)
+            mix = step < config.augment.mix_until * total_steps
+            pictures, targets = augment(images[batch], labels[batch], size, mix=mix)
             pictures, targets = pictures[share].contiguous(memory_format=torch.channels_last), targets[share]
 
             model.train()

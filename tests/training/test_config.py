@@ -38,7 +38,7 @@ def test_paper_is_the_papers_network() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ConfigError, match="unknown preset 'tiny'; known: cpu, cpu-2, cpu-3, cpu-4, cpu-5, cpu-6, small, "):
+    with pytest.raises(ConfigError, match="unknown preset 'tiny'; known: cpu, cpu-2, cpu-3, cpu-4, cpu-5, cpu-6, cpu-7, small, "):
         get_preset("tiny")
 
 
@@ -129,6 +129,7 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
         ("augment.crop_scale", "1.1"),
         ("augment.flip", "1.5"),
         ("augment.erase", "-0.1"),
+        ("augment.mix_until", "1.1"),
         ("augment.mixup", "-1"),
         ("augment.cutmix", "-1"),
         ("augment.pad_crop", "-4"),
