@@ -104,6 +104,23 @@ def target(cores: set[int] | None = None, **settings: object) -> Iterator[Target
         server.stop()
 
 
+@contextlib.contextmanager
+def target_apart(**settings: object) -> Iterator[Target]:
+    """A running server with half of the cores, and this process and what it starts meanwhile with the others.
+
+    So it is where clients are other machines: what they cost must not be counted as lost by the server.
+    """
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    own, others = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
+    os.sched_setaffinity(0, others)
+    try:
+        with target(own or None, **settings) as server:
+            yield server
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def post(body: bytes, content_type: str, *headers: str, path: str = "/classify", close: bool = False) -> bytes:
     """A POST as bytes.
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import statistics
 import threading
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,20 @@ from typing import Any
 
 from app.load import Tally, prepare
 from benchmarks.clients import closed_loop, open_loop
-from torture.target import Finding, Target, is_whole, metrics, now, percentile, pictures, post, read_answer, target, top_class
+from torture.target import (
+    Finding,
+    Target,
+    is_whole,
+    metrics,
+    now,
+    percentile,
+    pictures,
+    post,
+    read_answer,
+    target,
+    target_apart,
+    top_class,
+)
 
 DEADLINE_MS = 250
 ROUNDS, MOST_ROUNDS, MOST_STOLEN = 3, 7, 0.015
@@ -99,10 +110,10 @@ def overload(seconds: float) -> list[Finding]:
     must not be counted as lost by the server. Capacity is measured right before and after each overload and in several
     rounds, since the speed of a shared machine drifts; rounds in which others had the machine are repeated, a few times.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    own, others = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
     attacks = {factor: list[Attack]() for factor in FACTORS}
-    with _on_cores(others), target(own or None, max_connections=8192, coalesce="false") as server:
+    cores = len(os.sched_getaffinity(0))
+    with target_apart(max_connections=8192, coalesce="false") as server:
+        on = f"{len(os.sched_getaffinity(server.process.pid))} of {cores} cores"
         bodies = pictures()
         labels = expected_labels(server.port, bodies)
         images = list(zip(bodies, labels, strict=True))
@@ -127,7 +138,6 @@ def overload(seconds: float) -> list[Finding]:
                 goodput = sum(latency <= DEADLINE_MS / 1000 for latency in tally.right) / tally.answered_s
                 done.append(Attack(tally, goodput / ((before + after) / 2), stolen / total, probe))
                 before = after
-    on = f"{len(own) or len(cores)} of {len(cores)} cores"
     return [finding for factor, done in attacks.items() for finding in _judge(factor, factor * first, on, done)]
 
 
@@ -159,17 +169,6 @@ def _stolen_and_total() -> tuple[int, int]:
     with Path("/proc/stat").open() as file:
         ticks = [int(field) for field in file.readline().split()[1:9]]
     return ticks[7], sum(ticks)
-
-
-@contextlib.contextmanager
-def _on_cores(cores: set[int]) -> Iterator[None]:
-    """This process, and what it starts, on these cores alone."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def mixed(requests: int) -> Finding:
