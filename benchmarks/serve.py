@@ -99,6 +99,7 @@ class Server:
         if cores:
             command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
         environment = os.environ | {"CONVMIXER_COALESCE": "false"}  # the same few images come again and again
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once, not at every start
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
         assert process.stderr
         for line in process.stderr:
