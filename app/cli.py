@@ -63,10 +63,11 @@ def serve(
         raise SystemExit(_supervise(settings))
     _spare_the_start()
     from app.main import create_app
-    from app.server import run
+    from app.server import run, within_open_files
 
     gc.freeze()  # what is imported stays, so that no collection under load need look through it
     gc.enable()
+    settings = within_open_files(settings)
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success

@@ -276,7 +276,8 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
         if self.receive_by is None:
-            if self in self.idle:
+            # what was sent in time may still lie there: after a pause of the whole process this comes before reading
+            if self in self.idle and not _has_something_to_read(self.transport):
                 self.transport.close()
         elif self._in_headers and not self._header_bytes:
             self.transport.close()  # nothing was asked

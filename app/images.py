@@ -120,7 +120,7 @@ class DecodeLimits:
         Our check needs an opened picture, and opening a GIF of 59 bytes whose first frame is larger than its screen makes
         Pillow fill that frame: 8 gigapixels, half a minute. Its own check comes before that.
         """
-        Image.MAX_IMAGE_PIXELS = self.max_pixels // 2
+        Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2  # it refuses more than twice as many
 
 
 class _CountedReads(io.BytesIO):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
-from app.connection import Protocol
+from app.connection import PROBE_CONNECTIONS, Protocol
 from app.memory import return_large_buffers
 from app.processes import ExitCode
 from app.settings import Settings
@@ -31,6 +31,9 @@ _ANSWERED_WITHIN_S = 1.0
 """So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
 
 
+_OTHER_FILES = 256
+"""Open files that are no client's connection, with room to spare: libraries, sockets, pipes, probes."""
+
 _SWEPT_AT_ONCE = 64
 """Connections looked at before others have their turn: an attack's, refused together, would hold them up for milliseconds."""
 
@@ -44,7 +47,6 @@ def run(app: App, settings: Settings, listening: socket.socket | None = None, pa
         listening: an open socket in place of the address, shared with other processes (`app.processes`).
         parent: id of the process that replaces this one, if there is one; without it this one leaves.
     """
-    _allow_open_files(settings.max_connections)
     return_large_buffers()
     config = uvicorn.Config(
         app,
@@ -126,10 +128,27 @@ class _Server(uvicorn.Server):
             self.should_exit = True
 
 
-def _allow_open_files(connections: int) -> None:
-    """Raises the soft limit of open files: at the usual 1,024 the listening socket would fail before our own cap."""
+def within_open_files(settings: Settings) -> Settings:
+    """The settings, with no more connections than files may be open, so that our own cap comes first and probes have places.
+
+    Raises the soft limit of open files, which is usually 1,024, as far as that is needed and the hard limit allows.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):  # not allowed: then the lower limit stands
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    wanted = settings.max_connections + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    with contextlib.suppress(ValueError, OSError):  # not allowed: then the lower limit stands
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed >= wanted:
+        return settings
+    connections = max(1, allowed - min(_OTHER_FILES, allowed // 2 + PROBE_CONNECTIONS))
+    logger.warning(
+        "no more than %d files may be open: %d connections instead of CONVMIXER_MAX_CONNECTIONS=%d; raise the hard limit "
+        "(ulimit -Hn, LimitNOFILE, --ulimit nofile) to %d",
+        allowed,
+        connections,
+        settings.max_connections,
+        wanted,
+    )
+    return settings.model_copy(update={"max_connections": connections})

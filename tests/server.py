@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,13 +21,18 @@ READY_TIMEOUT_S = 60
 
 
 class ServerProcess:
-    """`convmixer serve` with the given settings; `log` grows while it runs."""
+    """`convmixer serve` with the given settings; `log` grows while it runs.
 
-    def __init__(self, **settings: str) -> None:
+    Args:
+        under: a command that starts it, e.g. `prlimit`.
+        **settings: `CONVMIXER_*` without the prefix, in lower case.
+    """
+
+    def __init__(self, under: Sequence[str] = (), **settings: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
         environment |= {"CONVMIXER_PORT": "0", **{f"CONVMIXER_{k.upper()}": v for k, v in settings.items()}}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "serve"], env=environment, stderr=subprocess.PIPE, text=True
+            [*under, sys.executable, "-m", "app.cli", "serve"], env=environment, stderr=subprocess.PIPE, text=True
         )
         self.log = ""
         self._listening = threading.Event()

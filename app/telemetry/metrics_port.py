@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from socketserver import ThreadingMixIn
@@ -55,6 +56,13 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.BoundedSemaphore(_SCRAPES)
         super().__init__(*arguments)
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError:  # no file is to be had: who waits is found again at once, which would take a core
+            time.sleep(_SCRAPE_TIMEOUT_S / 50)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._free.acquire(blocking=False):

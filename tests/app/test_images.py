@@ -200,6 +200,17 @@ def test_too_many_pixels_or_too_long_a_side(size):
         decode(encode(Image.new("1", size), "PNG"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # half of the limit is passed, as it may be
+@pytest.mark.parametrize("pixels", [1, 9_999])
+def test_a_picture_of_exactly_as_many_pixels_as_are_allowed(monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    limits = DecodeLimits(max_pixels=pixels, max_side=pixels)
+    limits.apply_to_pillow()
+    width = 101 if pixels > 1 else 1
+    data = encode(Image.new("RGB", (width, pixels // width)), "PNG")
+    assert decode_image(data, RULE, limits).pixels.shape == (32, 32, 3)
+
+
 def test_a_frame_beyond_its_screen_is_refused_before_it_is_filled(monkeypatch):
     """59 bytes, found by fuzzing: the screen is small, the first frame has 8 gigapixels."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.server import ServerProcess, resident_mib
+from tests.server import ServerProcess, free_port, resident_mib
 
 RECEIVE_TIMEOUT_S = 1
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
@@ -556,3 +556,15 @@ def test_bodies_held_at_once_are_bounded_over_all_connections(start, samples, co
         next_one.sendall(head + begin + b"x" * (70_000 - len(begin)))
         status, _, body = next(answers(next_one))
     assert (status, body["code"]) in {(415, "unsupported_image"), (400, "malformed_request")}
+
+
+def test_fewer_files_than_connections_leave_probes_their_places():
+    server = ServerProcess(under=("prlimit", "--nofile=128"), max_connections="1024", metrics_port=str(free_port()))
+    url = server.wait_until_ready()
+    with ExitStack() as stack:
+        for _ in range(200):  # idle ones make room for the next
+            stack.enter_context(connect(url))
+        assert httpx.get(f"{url}/livez").status_code == 200
+        assert httpx.get(f"{url}/model").status_code == 200
+    assert server.stop() == 0
+    assert "no more than 128 files may be open: 48 connections instead of CONVMIXER_MAX_CONNECTIONS=1024" in server.log

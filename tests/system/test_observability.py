@@ -209,7 +209,8 @@ def test_every_query_asks_for_what_there_is(client, expression):
     names, labels = names_and_labels(expression)
     assert names or "up{" in expression or "job_class:" in expression
     assert names <= {*known, *suffixed}
-    given = {"instance", "job", "le"}.union(*(labels_of(known[suffixed.get(name, name)]) for name in names))
+    # Prometheus's, and that of several processes behind one address
+    given = {"instance", "job", "le", "process"}.union(*(labels_of(known[suffixed.get(name, name)]) for name in names))
     assert labels <= given
 
 
@@ -278,7 +279,8 @@ def prometheus(client, samples, tmp_path_factory) -> Iterator[httpx.Client]:
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [f"{client.base_url.host}:{client.base_url.port}"]
+    del config["scrape_configs"][0]["dns_sd_configs"]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [f"{client.base_url.host}:{client.base_url.port}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     rules = re.sub(r"interval: 1m", "interval: 500ms", (DEPLOY / "alerts.yml").read_text())
     (folder / "alerts.yml").write_text(rules)

@@ -26,6 +26,7 @@ from app.api.codings import compress, decompress
 from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.schemas import (
+    FAILURES,
     INFER_RESPONSES,
     INFER_SCHEMA,
     UNAVAILABLE,
@@ -206,7 +207,7 @@ async def model_config(request: Request) -> dict[str, Any]:
 _KINDS = {"cpu": "CPU", "cuda": "GPU", "openvino": "CPU"}
 
 
-@router.get("/models/stats", summary="Counters of every model: of the one")
+@router.get("/models/stats", responses={401: FAILURES[401]}, summary="Counters of every model: of the one")
 async def model_statistics(request: Request) -> StatisticsAnswer:
     """Of this protocol's requests since the start. Nothing is cached here, so the cache's counters stay 0."""
     service = _service(request)
