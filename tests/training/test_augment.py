@@ -183,6 +183,13 @@ def test_mixed_targets_are_distributions(photos: ImageSet, config: dict[str, flo
     assert mixed
 
 
+def test_without_mixing_the_pictures_are_as_if_none_were_configured(photos: ImageSet) -> None:
+    config = TrainConfig(augment=dataclasses.replace(OFF, mixup=0.5, cutmix=0.5))
+    images, labels = Augmentation(config, 10)(photos.images[::7], photos.labels[::7], 32, mix=False)
+    assert torch.equal(images, unaugmented(photos))
+    assert torch.equal(labels, photos.labels[::7])
+
+
 def test_mixup_blends_pixels_as_it_blends_targets(photos: ImageSet) -> None:
     two = ImageSet(torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), 255)]).byte(), torch.tensor([0, 1]), ["a", "b"])
     config = TrainConfig(

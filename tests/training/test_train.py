@@ -156,6 +156,19 @@ def test_the_same_run_twice_is_the_same_to_the_bit(trained: Path, photos: ImageS
 
 
 @pytest.mark.usefixtures("no_compiler")
+def test_mixing_ends_at_its_share_of_the_run(animals: ImageSet, tmp_path: Path) -> None:
+    """Before it a run is as if it mixed to its end, and then it is not."""
+    whole = TINY.override({"augment.mixup": "1", "epochs": "4"})
+    histories = []
+    for share in ("1", "0.5"):
+        config = whole.override({"augment.mix_until": share})
+        path = train(config, animals, tmp_path / share, QUIET)
+        histories.append([row["train_loss"] for row in load_checkpoint(path).description["training"]["history"]])
+    assert histories[0][:2] == histories[1][:2]
+    assert all(plain < mixed for mixed, plain in zip(histories[0][2:], histories[1][2:], strict=True))
+
+
+@pytest.mark.usefixtures("no_compiler")
 def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
     weights = [load_checkpoint(train(replace(TINY, seed=s), animals, tmp_path / str(s), QUIET)).tensors for s in (1, 2)]
     assert not torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
@@ -166,6 +179,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
     ("settings", "runtime"),
     [
         ({"augment.mixup": "0.5", "augment.cutmix": "0.5", "augment.randaugment_ops": "1"}, QUIET),
+        ({"augment.cutmix": "0.5", "augment.mix_until": "0.5"}, QUIET),
         ({"optimizer": "adam", "schedule": "constant", "clip_norm": "0", "ema_decay": "0"}, QUIET),
         ({"optimizer": "muon", "muon_lr": "0.02"}, QUIET),
         ({"start_size": "24", "augment.pad_crop": "2", "epochs": "4"}, QUIET),
@@ -175,7 +189,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"model.architecture": "vit", "model.patch_size": "4"}, QUIET),
         ({"model.architecture": "mlp-mixer", "ema_decay": "0"}, QUIET),
     ],
-    ids=["mixed targets", "Adam", "Muon", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
+    ids=["mixed targets", "mixing ends", "Adam", "Muon", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
 )
 def test_every_kind_of_run_releases_a_network(
     animals: ImageSet, tmp_path: Path, settings: dict[str, str], runtime: Runtime
