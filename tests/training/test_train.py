@@ -189,7 +189,18 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"model.architecture": "vit", "model.patch_size": "4"}, QUIET),
         ({"model.architecture": "mlp-mixer", "ema_decay": "0"}, QUIET),
     ],
-    ids=["mixed targets", "mixing ends", "Adam", "Muon", "growing images", "other network", "bf16", "variant", "ViT", "MLP-Mixer"],
+    ids=[
+        "mixed targets",
+        "mixing ends",
+        "Adam",
+        "Muon",
+        "growing images",
+        "other network",
+        "bf16",
+        "variant",
+        "ViT",
+        "MLP-Mixer",
+    ],
 )
 def test_every_kind_of_run_releases_a_network(
     animals: ImageSet, tmp_path: Path, settings: dict[str, str], runtime: Runtime
