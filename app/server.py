@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 _ANSWERED_WITHIN_S = 1.0
 """So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
 
-
 _OTHER_FILES = 256
 """Open files that are no client's connection, with room to spare: libraries, sockets, pipes, probes."""
 
@@ -129,9 +128,16 @@ class _Server(uvicorn.Server):
 
 
 def within_open_files(settings: Settings) -> Settings:
-    """The settings, with no more connections than files may be open, so that our own cap comes first and probes have places.
+    """Settings whose connections may all be open: else the listening socket would fail before our own cap, for probes too.
 
-    Raises the soft limit of open files, which is usually 1,024, as far as that is needed and the hard limit allows.
+    The soft limit of open files, usually 1,024, is raised as far as that is needed and the hard limit allows. If it does not
+    suffice, there will be fewer connections, and a warning says so.
+
+    Args:
+        settings: as they were given.
+
+    Returns:
+        The same, or a copy with a smaller `max_connections`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.max_connections + _OTHER_FILES

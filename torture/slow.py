@@ -81,7 +81,7 @@ def slow_clients(seconds: int) -> list[Finding]:
         with target_apart(receive_timeout_s=RECEIVE_TIMEOUT_S) as server:
             at_rest = _open_files(server.process.pid)
             usual = Watch(server, seconds, at_rest)
-            # the customer has a machine of its own, too: here attackers take what it leaves of the cores they share
+            # the customer would have a machine of its own, too: attackers get only what it leaves of the cores they share
             command = ["chrt", "--idle", "0", "slowhttptest", *options]
             command += ["-c", str(CONNECTIONS), "-r", str(RATE), "-l", str(seconds), "-p", "5"]
             path = "/openapi.json" if mode == "reading" else "/classify"

@@ -106,9 +106,9 @@ class Attack:
 def overload(seconds: float) -> list[Finding]:
     """Requests at 2, 5 and 10 times the capacity, each with a deadline; probes meanwhile.
 
-    The server has half of the cores and its attackers the others, as it is where clients are other machines: what they cost
-    must not be counted as lost by the server. Capacity is measured right before and after each overload and in several
-    rounds, since the speed of a shared machine drifts; rounds in which others had the machine are repeated, a few times.
+    Server and attackers have cores of their own (`target_apart`). Capacity is measured right before and after each overload
+    and in several rounds, since the speed of a shared machine drifts; rounds in which others had the machine are repeated, a
+    few times.
     """
     attacks = {factor: list[Attack]() for factor in FACTORS}
     cores = len(os.sched_getaffinity(0))

@@ -21,6 +21,7 @@ _SCRAPES = 4
 """Connections at once, each with a thread and up to 6 MB of headers."""
 
 _SCRAPE_TIMEOUT_S = 5.0
+_NO_FILE_PAUSE_S = 0.1
 
 
 @contextmanager
@@ -61,7 +62,7 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
         try:
             return super().get_request()
         except OSError:  # no file is to be had: who waits is found again at once, which would take a core
-            time.sleep(_SCRAPE_TIMEOUT_S / 50)
+            time.sleep(_NO_FILE_PAUSE_S)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

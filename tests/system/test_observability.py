@@ -209,7 +209,7 @@ def test_every_query_asks_for_what_there_is(client, expression):
     names, labels = names_and_labels(expression)
     assert names or "up{" in expression or "job_class:" in expression
     assert names <= {*known, *suffixed}
-    # Prometheus's, and that of several processes behind one address
+    # Prometheus's own, and what every sample has under CONVMIXER_PROCESSES (telemetry/siblings)
     given = {"instance", "job", "le", "process"}.union(*(labels_of(known[suffixed.get(name, name)]) for name in names))
     assert labels <= given
 
