@@ -180,7 +180,7 @@ def decode_image(
         data: a whole PNG, JPEG, WebP, GIF or BMP file.
         rule: size and shape of the result.
         limits: largest picture accepted.
-        announce: called with the number of pixels, before the work on them begins.
+        announce: called with the number of pixels, before the work on them begins; a ServiceError of it ends that.
         heartbeat: called now and then while a file of many pieces is walked, which other threads may make slow.
 
     Raises:

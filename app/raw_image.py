@@ -11,7 +11,7 @@ import re
 import time
 from concurrent.futures import Future
 from http import HTTPStatus
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic_core import to_json
 
@@ -136,10 +136,14 @@ class RawImageRequest:
 
     Attributes:
         received: bytes of the image so far.
+        maybe_alone: complete ones that the event loop has read while the engine rests, and has not begun with.
     """
+
+    maybe_alone: ClassVar[list[RawImageRequest]] = []
 
     __slots__ = (
         "begin",
+        "begun",
         "body",
         "disconnected",
         "future",
@@ -159,7 +163,7 @@ class RawImageRequest:
         self.request_id, self.keep_alive = choose_request_id(head.request_id), head.keep_alive
         self.body: bytes | bytearray = b""  # not a list of pieces: each of a million tiny ones would weigh 40 bytes more
         self.received = 0
-        self.more_body, self.disconnected = True, False
+        self.more_body, self.begun, self.disconnected = True, False, False
         self.response_started = self.response_complete = False
         self.future: Future[Outcome] | None = None
         self.message_event = self
@@ -183,7 +187,7 @@ class RawImageRequest:
         """The body is complete, or the client has left."""
         if self.disconnected:
             self.abandon()
-        elif not (self.more_body or self.response_complete) and self.future is None:
+        elif not (self.more_body or self.response_complete or self.begun):
             self._begin()
 
     def abandon(self) -> None:
@@ -197,16 +201,49 @@ class RawImageRequest:
         self._release(CLIENT_LEFT)
 
     def _begin(self) -> None:
+        self.begun, self.body = True, bytes(self.body)
+        if not self.protocol.service.scheduler.may_process_here(self.body):
+            self._submit()
+            return
+        self.maybe_alone.append(self)
+        if len(self.maybe_alone) == 1:  # others that have come are read before this is called
+            self.protocol.loop.call_soon(self._process_or_submit)
+
+    @classmethod
+    def _process_or_submit(cls) -> None:
+        """Answers the only one that has come in this turn of the event loop, or submits all."""
+        requests, cls.maybe_alone = cls.maybe_alone, []
+        for request in requests:
+            if not request.response_complete and (len(requests) > 1 or not request._process()):
+                request._submit()
+
+    def _process(self) -> bool:
+        """Computes the image here, if it is fit for that."""
+        try:
+            self._time_left_s()
+            future = self.protocol.service.scheduler.process_here(bytes(self.body), explain=self.head.wanted.explain)
+        except Exception as error:
+            self.fail(error)
+            return True
+        if future is None:
+            return False
+        self.future = future
+        self._end()
+        return True
+
+    def _submit(self) -> None:
         image, self.body = bytes(self.body), b""
         try:
-            timeout_s = time_left_s(self.head.wanted.deadline_ms / 1000, self.begin)
             (self.future,) = self.protocol.service.scheduler.submit(
-                [image], explain=self.head.wanted.explain, timeout_s=timeout_s
+                [image], explain=self.head.wanted.explain, timeout_s=self._time_left_s()
             )
         except Exception as error:
             self.fail(error)
             return
         self.future.add_done_callback(self._wake_loop)
+
+    def _time_left_s(self) -> float:
+        return time_left_s(self.head.wanted.deadline_ms / 1000, self.begin)
 
     def _wake_loop(self, future: Future[Outcome]) -> None:
         """Called in the worker's thread."""

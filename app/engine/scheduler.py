@@ -22,11 +22,11 @@ from concurrent.futures import Future
 import numpy as np
 
 from app.engine.admission import Admission
-from app.engine.item import Announce, Answered, Item
-from app.engine.outcome import Outcome
+from app.engine.item import Announce, Answered, Asker, Item
+from app.engine.outcome import Outcome, Timing
 from app.engine.service_time import ServiceTime
 from app.engine.session import Session
-from app.errors import InferenceFailed, NotServing, Overloaded
+from app.errors import ImageTooLarge, InferenceFailed, NotServing, Overloaded, ServiceError
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,14 @@ _SICK = 32
 broken, as a GPU may be for good."""
 
 _REST_S = 5.0
-"""A worker that had nothing to do for so long gives back the memory that work has left behind."""
+"""When there was nothing to do for so long, the memory that work has left behind is given back."""
+
+_HERE_BYTES = 16 * 1024
+_HERE_PIXELS = 256 * 256
+_HERE_S = 0.005
+_HERE_PAUSE = 100
+"""Largest image that the thread which has it computes itself, and longest expected; what took longer all the same bars that way
+for so many times as long."""
 
 
 class Scheduler:
@@ -85,6 +92,7 @@ class Scheduler:
         self.service_time = ServiceTime(image_s or session.warm_up_ms / 1000 / 2, workers)
         self.admission = Admission(self.service_time, self.busy, max_queue=max_queue, coalesce=coalesce)
         self._busy_since: dict[int, float] = {}
+        self._worked = self._rested = self._here_from = time.monotonic()
         self._failed_in_row = 0
         self._threads = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -99,6 +107,49 @@ class Scheduler:
     def refusal(self, image: bytes, *, explain: bool, timeout_s: float) -> Overloaded | None:
         """As `Admission.refusal`."""
         return self.admission.refusal(image, explain=explain, timeout_s=timeout_s)
+
+    def may_process_here(self, image: bytes) -> bool:
+        """Whether `process_here` is worth a try: it is small, and nothing else is in work."""
+        return (
+            len(image) <= _HERE_BYTES
+            and not self._busy_since
+            and not self.waiting()
+            and not self.draining
+            and self.session.provider == "cpu"  # where no run hangs
+            and self.service_time.image_s <= _HERE_S
+            and time.monotonic() >= self._here_from
+        )
+
+    def process_here(self, image: bytes, *, explain: bool = False) -> Future[Outcome] | None:
+        """Decodes and infers in the calling thread, which may be the event loop's.
+
+        To wake a worker, and to be woken by it, takes a tenth of a lone image's time (docs/decisions/0014).
+
+        Args:
+            image: a whole image file that `may_process_here`.
+            explain: with class maps.
+
+        Returns:
+            A resolved future; None if the image is to be submitted: it has many pixels, or cannot be decoded, which the worker
+            will find and say.
+        """
+        me = threading.get_ident()
+        begin = self._busy_since[me] = time.monotonic()
+        try:
+            decoded = decode_image(image, self.rule, self.limits, _only_few)
+            asker = Asker(math.inf)
+            item = Item(decoded, explain, [asker], Timing(begin), None, decoded)
+            item.timing.decode_s = time.monotonic() - begin
+            self._tell(self._infer([item], explain, alone=True))
+        except ServiceError:
+            return None
+        finally:
+            del self._busy_since[me]
+            self._worked = time.monotonic()
+            if self._worked - begin > _HERE_S:
+                self._here_from = self._worked + _HERE_PAUSE * (self._worked - begin)
+        self.service_time.observe(self._worked - begin)
+        return asker.future
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -140,13 +191,11 @@ class Scheduler:
     def _work(self) -> None:
         me = threading.get_ident()
         untold: list[Answered] = []  # of the batch before
-        rested = True
         while True:
             try:
-                first = self.admission.take() if untold else self.admission.wait(None if rested else _REST_S)
+                first = self.admission.take() if untold else self.admission.wait(_REST_S)
             except TimeoutError:
                 self._rest()
-                rested = True
                 continue
             if first is None:
                 if not untold:
@@ -160,10 +209,14 @@ class Scheduler:
                 self._process_all(batches, alone, untold)
             finally:
                 del self._busy_since[me]
+                self._worked = time.monotonic()
             del first, batches  # no image is held while the worker waits for the next
-            rested = False
 
     def _rest(self) -> None:
+        now = time.monotonic()
+        if self._rested >= self._worked or now - self._worked < _REST_S or self._busy_since:
+            return
+        self._rested = now
         try:
             self.session.release_memory()
         except Exception:  # it runs the model, and the worker must live
@@ -279,6 +332,11 @@ class Scheduler:
             outcomes.append(Outcome(answers.logits[i], class_maps, similarity, warnings, item.timing))
         self._failed_in_row = 0
         return [(group, outcomes)]
+
+
+def _only_few(pixels: int) -> None:
+    if pixels > _HERE_PIXELS:
+        raise ImageTooLarge("a worker's business")
 
 
 def _is_large(item: Item) -> bool:

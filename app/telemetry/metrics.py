@@ -140,7 +140,7 @@ class Metrics(Collector):
             "convmixer_out_of_distribution", "Images that probably show none of the classes.", self._strangers
         )
         yield _histogram("convmixer_request_seconds", "A request answered with predictions, headers to answer.", self._request_s)
-        yield _histogram("convmixer_queue_seconds", "An image's wait for a worker.", self._queue_s)
+        yield _histogram("convmixer_queue_seconds", "An image's wait for a worker; 0 if it needed none.", self._queue_s)
         yield _histogram("convmixer_decode_seconds", "Decoding of an image.", self._decode_s)
         yield _histogram("convmixer_infer_seconds", "A batch in the model.", self._infer_s)
         yield _histogram("convmixer_batch_size", "Images in a batch.", self._batch_size)

@@ -97,6 +97,37 @@ def test_requests_of_one_head_are_told_apart_by_their_images(base_url, client, s
     assert len({body["request_id"] for _, _, body in one_by_one}) == 5
 
 
+def test_lone_requests_and_those_that_come_at_once_get_their_own_answers(start, samples):
+    """A request that comes alone is computed in the event loop, without a queue, unless the machine was slow just before."""
+    server = start(coalesce="false")
+    url = server.wait_until_ready()
+    buffer = io.BytesIO()
+    with Image.open(samples[0].path) as image:
+        image.resize((320, 320)).save(buffer, "PNG")
+    with httpx.Client(base_url=url, headers={"Content-Type": "image/webp"}) as client:
+
+        def ask(data: bytes, **headers: str) -> httpx.Response:
+            return client.post("/classify", content=data, headers=headers)
+
+        give_up = time.monotonic() + 30
+        while "queue;dur=0.00," not in ask(samples[0].data).headers["Server-Timing"]:
+            assert time.monotonic() < give_up
+        assert ask(buffer.getvalue(), **{"Content-Type": "image/png"}).status_code == 200
+        expected = [ask(sample.data).json()["predictions"][0]["top_k"] for sample in samples[:40]]
+        assert ask(b"RIFF\0\0\0\0WEBP").status_code == 415
+        with ExitStack() as stack:
+            connections = [stack.enter_context(connect(url)) for _ in expected]
+            server.process.send_signal(signal.SIGSTOP)  # so that all have come when it looks
+            for connection, sample in zip(connections, samples, strict=False):
+                connection.sendall(classify_request(sample.data, "Connection: close"))
+            server.process.send_signal(signal.SIGCONT)
+            found = [next(answers(connection)) for connection in connections]
+    for (status, _, answer), one in zip(found, expected, strict=True):
+        assert status == 200
+        assert [e["label"] for e in answer["predictions"][0]["top_k"]] == [e["label"] for e in one]
+        assert answer["predictions"][0]["top_k"][0]["probability"] == pytest.approx(one[0]["probability"], abs=1e-3)
+
+
 def _two_lengths(data: bytes) -> bytes:
     return classify_request(data, f"Content-Length: {len(data) + 1}")
 

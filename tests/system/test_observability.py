@@ -414,8 +414,10 @@ def test_a_collector_gets_what_happened_and_when(start, collector, samples):
     assert (found["http.request.method"], found["http.route"], found["url.path"]) == ("POST", "/classify", "/classify")
     assert (found["http.response.status_code"], found["user_agent.original"]) == (200, "test/1")
     stages = {name: span for _, name, span in children(raw)}
-    assert list(stages) == ["queue", "decode", "infer"]
-    assert stages["queue"].end_time_unix_nano == pytest.approx(stages["decode"].start_time_unix_nano, abs=1000)
+    # it came alone, and so without a queue, unless the machine was slow just before
+    assert list(stages) in (["decode", "infer"], ["queue", "decode", "infer"])
+    if "queue" in stages:
+        assert stages["queue"].end_time_unix_nano == pytest.approx(stages["decode"].start_time_unix_nano, abs=1000)
     assert stages["decode"].end_time_unix_nano <= stages["infer"].start_time_unix_nano + 1000
     took_ms = (stages["infer"].end_time_unix_nano - stages["infer"].start_time_unix_nano) / 1e6
     assert float(re.search(r"infer;dur=([\d.]+)", raw.headers["Server-Timing"])[1]) == pytest.approx(took_ms, abs=0.02)

@@ -343,6 +343,96 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     assert session.alone == [True, False]
 
 
+def test_a_small_image_of_an_idle_engine_is_computed_where_it_is(session, make, samples):
+    outcomes = []
+    scheduler = make(workers=2, on_batch=outcomes.extend)
+    by_worker = scheduler.submit([samples[0].data], explain=True)[0].result(TIMEOUT_S)
+    session.alone.clear()
+    assert scheduler.may_process_here(samples[0].data)
+    future = scheduler.process_here(samples[0].data, explain=True)
+    assert future.done()
+    here = future.result()
+    assert session.alone == [True]
+    assert outcomes[1:] == [here]
+    assert np.allclose(here.logits, by_worker.logits, atol=1e-4)
+    assert np.allclose(here.class_maps, by_worker.class_maps, atol=1e-4)
+    assert here.similarity == pytest.approx(by_worker.similarity, abs=1e-4)
+    assert here.timing.queue_s == 0
+    assert min(here.timing.decode_s, here.timing.infer_s) > 0
+    assert scheduler.busy() == 0
+
+
+def test_a_model_that_fails_where_the_image_is_fails_that_image_alone(session, make, samples):
+    scheduler = make()
+    session.poison = np.full((32, 32, 3), 255, np.uint8)
+    assert isinstance(scheduler.process_here(_png(session.poison)).exception(), InferenceFailed)
+    assert scheduler.process_here(samples[0].data).exception() is None
+    assert scheduler.failure() is None
+
+
+def test_what_may_take_long_or_fails_to_decode_is_left_to_a_worker(session, make, samples, monkeypatch):
+    scheduler = make()
+    session.batches.clear()
+    blank = _png(np.zeros((256, 257, 3), np.uint8))
+    assert len(blank) < len(samples[0].data)
+    for image in (blank, b"junk", samples[0].data[:100]):
+        assert scheduler.may_process_here(image)
+        assert scheduler.process_here(image) is None
+    assert session.batches == []
+    assert not scheduler.may_process_here(samples[0].data + bytes(16 * 1024))
+    monkeypatch.setattr(session, "provider", "cuda")
+    assert not scheduler.may_process_here(samples[0].data)
+
+
+def test_an_image_in_company_is_left_to_a_worker(session, make, samples):
+    scheduler = make(workers=2)
+    assert scheduler.may_process_here(samples[0].data)
+    future = hold(session, scheduler, samples[0].data)
+    assert not scheduler.may_process_here(samples[1].data)
+    session.gate.set()
+    future.result(TIMEOUT_S)
+    scheduler.drain(TIMEOUT_S)
+    assert not scheduler.may_process_here(samples[1].data)
+
+
+def test_after_an_image_that_took_long_the_next_are_left_to_workers(make, samples, monkeypatch):
+    scheduler = make()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def take(seconds):
+        def infer(*arguments, **choices):
+            nonlocal now
+            now += seconds
+            return answers
+
+        monkeypatch.setattr(scheduler.session, "infer", infer)
+
+    answers = scheduler.session.infer(np.zeros((1, 32, 32, 3), np.uint8))
+    take(0.002)
+    assert scheduler.process_here(samples[0].data).exception() is None
+    assert scheduler.may_process_here(samples[0].data)
+    take(0.02)
+    assert scheduler.process_here(samples[0].data).exception() is None
+    now += 1.9
+    assert not scheduler.may_process_here(samples[0].data)
+    now += 0.2
+    assert scheduler.may_process_here(samples[0].data)
+
+
+@pytest.mark.parametrize("way", ["here", "worker"])
+def test_memory_is_given_back_when_there_is_nothing_to_do(session, make, samples, monkeypatch, way):
+    monkeypatch.setattr("app.engine.scheduler._REST_S", 0.05)
+    given_back = threading.Event()
+    monkeypatch.setattr(session, "release_memory", given_back.set)
+    scheduler = make()
+    if way == "here":
+        scheduler.process_here(samples[0].data)
+    else:
+        scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
+    assert given_back.wait(TIMEOUT_S)
+
+
 def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
     scheduler = make(max_batch=8)
     limits = DecodeLimits(10**6, 10**4)
