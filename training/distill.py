@@ -1,7 +1,8 @@
 """Learning from a larger network's answers instead of from labels alone.
 
 As arXiv 2106.05237 found for compression: the teacher sees exactly the pictures that the student sees (same crop, same
-mixing), and the schedule is long. The distance is the Kullback-Leibler divergence of arXiv 1503.02531.
+mixing), and the schedule is long. One made for larger pictures sees them enlarged. The distance is the Kullback-Leibler
+divergence of arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Distillation:
     Args:
         path: its released checkpoint.
         config: the student's run; the temperature is taken from it.
-        classes: of the student's data.
+        data: the student's.
         device: where both compute.
 
     Attributes:
@@ -53,6 +54,7 @@ class Distillation:
             raise ConfigError(
                 f"the teacher {path} takes images of {size} pixels only; set image_size to that, and start_size to 0"
             )
+        self._enlarge = found["image_size"] / config.image_size
         self.teacher = {"name": found["name"], "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
     def compile(self) -> None:
@@ -68,5 +70,8 @@ class Distillation:
         """
         t = self._temperature
         with torch.no_grad():
+            if self._enlarge != 1:
+                size = round(pictures.shape[-1] * self._enlarge)
+                pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
             target = F.log_softmax(self._network(pictures).float() / t, dim=1)
         return F.kl_div(F.log_softmax(logits / t, dim=1), target, reduction="batchmean", log_target=True) * t * t

@@ -33,6 +33,14 @@ def test_distance_is_zero_for_the_teachers_own_answers_and_positive_for_others(t
     torch.testing.assert_close(distill(pictures, other), expected, rtol=1e-3, atol=1e-5)
 
 
+def test_a_teacher_of_larger_pictures_sees_them_enlarged(trained: Path, photos: ImageSet) -> None:
+    distill = Distillation(trained, replace(TINY, image_size=16), photos, CPU)
+    pictures = torch.randn(8, 3, 16, 16)
+    with torch.inference_mode():
+        own = build_model(load_checkpoint(trained))(F.interpolate(pictures, scale_factor=2, mode="bilinear"))
+    torch.testing.assert_close(distill(pictures, own), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     config = replace(
