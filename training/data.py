@@ -116,10 +116,11 @@ def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:
         source = CIFAR10(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Give a folder with --data.") from error
-    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-    if image_size != pixels.shape[-1]:
-        raise DataError(f"CIFAR-10 is 32 x 32; image_size {image_size} needs a folder of images (--data)")
-    return ImageSet(pixels, torch.tensor(source.targets), list(source.classes))
+    pixels = source.data
+    if image_size != pixels.shape[1]:
+        pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size)) for image in pixels])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, torch.tensor(source.targets), list(source.classes))
 
 
 def _load_folder(folder: Path, image_size: int) -> ImageSet:
@@ -153,10 +154,14 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
     if full.size != (image_size, image_size):
-        full = ImageOps.fit(full, (image_size, image_size), Image.Resampling.BILINEAR)
+        full = _fit(full, image_size)
     if full.mode == "RGBA":
         full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
     return np.array(full.convert("RGB"))
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+    return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

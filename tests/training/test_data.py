@@ -249,9 +249,11 @@ def test_without_a_folder_it_is_torchvisions_cifar10(photos: ImageSet) -> None:
 
 
 @pytest.mark.usefixtures("torchvision_copy")
-def test_torchvisions_cifar10_has_one_size() -> None:
-    with pytest.raises(DataError, match=r"CIFAR-10 is 32 x 32; image_size 48 needs a folder of images \(--data\)"):
-        load_images(None, "train", 48)
+def test_torchvisions_cifar10_is_brought_to_size_as_a_folder_is(photos: ImageSet) -> None:
+    train, folder = load_images(None, "train", 48), load_images(CIFAR10, "train", 48)
+    assert torch.equal(folder.labels, photos.labels)
+    assert torch.equal(train.images, folder.images[::2])
+    assert train.images.shape == (100, 3, 48, 48)
 
 
 def test_a_download_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
