@@ -219,9 +219,12 @@ class RawImageRequest:
 
     def _process(self) -> bool:
         """Computes the image here, if it is fit for that."""
+        scheduler, image = self.protocol.service.scheduler, bytes(self.body)
+        if not scheduler.may_process_here(image):  # any more: a request of another kind came behind it
+            return False
         try:
             self._time_left_s()
-            future = self.protocol.service.scheduler.process_here(bytes(self.body), explain=self.head.wanted.explain)
+            future = scheduler.process_here(image, explain=self.head.wanted.explain)
         except Exception as error:
             self.fail(error)
             return True
