@@ -7,6 +7,7 @@ what to say (docs/decisions/0005-around-the-framework.md).
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from concurrent.futures import Future
@@ -26,6 +27,8 @@ from app.verdict import judge
 
 if TYPE_CHECKING:
     from app.connection import Protocol
+
+logger = logging.getLogger(__name__)
 
 _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
@@ -137,9 +140,11 @@ class RawImageRequest:
     Attributes:
         received: bytes of the image so far.
         maybe_alone: complete ones that the event loop has read while the engine rests, and has not begun with.
+        waited: whether those read now may have waited while the event loop computed an image.
     """
 
     maybe_alone: ClassVar[list[RawImageRequest]] = []
+    waited: ClassVar[bool] = False
 
     __slots__ = (
         "begin",
@@ -202,7 +207,7 @@ class RawImageRequest:
 
     def _begin(self) -> None:
         self.begun, self.body = True, bytes(self.body)
-        if not self.protocol.service.scheduler.may_process_here(self.body):
+        if self.waited or not self.protocol.service.scheduler.may_process_here(self.body):
             self._submit()
             return
         self.maybe_alone.append(self)
@@ -214,8 +219,21 @@ class RawImageRequest:
         """Answers the only one that has come in this turn of the event loop, or submits all."""
         requests, cls.maybe_alone = cls.maybe_alone, []
         for request in requests:
-            if not request.response_complete and (len(requests) > 1 or not request._process()):
-                request._submit()
+            if request.response_complete or request.protocol.transport.is_closing():
+                continue  # its client has left
+            try:
+                if len(requests) > 1 or not request._process():
+                    request._submit()
+                else:
+                    cls.waited = True
+                    request.protocol.loop.call_soon(cls._nobody_waits)  # called when what has come meanwhile is read
+            except Exception:  # of writing the answer, or of who is told of it: the others are still to be begun with
+                logger.exception("a request could not be answered; its connection is closed")
+                request.protocol.transport.abort()
+
+    @classmethod
+    def _nobody_waits(cls) -> None:
+        cls.waited = False
 
     def _process(self) -> bool:
         """Computes the image here, if it is fit for that."""
@@ -265,6 +283,8 @@ class RawImageRequest:
         try:
             self._answer(future.result())
         except Exception as defect:
+            if self.response_started:
+                raise
             self.fail(defect)
 
     def _answer(self, outcome: Outcome) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -72,14 +73,19 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._parent = parent
         self._leave_at: float | None = None
-        self._failed_ticks = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._parent is not None and self.started:
+            service: Service = self.lifespan.state["service"]
+            threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
 
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()
         if counter % 5 == 0:  # uvicorn ticks ten times a second
             await self._enforce_deadlines(now)
-            if self._parent is not None:
-                self._answer_to_parent(self.lifespan.state["service"])
+            if self._parent is not None and os.getppid() != self._parent:
+                self.should_exit = True  # nobody would replace it, or stop it
         if not await super().on_tick(counter):
             return False
         if self._leave_at is None:
@@ -114,17 +120,19 @@ class _Server(uvicorn.Server):
                 await asyncio.sleep(0)
             cast("Protocol", connection).enforce_deadlines(now)
 
-    def _answer_to_parent(self, service: Service) -> None:
-        """Ends at once if the engine has failed, so that the parent starts another; drains if the parent is gone."""
+
+def _end_if_failed(service: Service) -> None:
+    """Ends the process when its engine has failed, so that the parent starts another; the event loop may hang, too."""
+    seen = 0
+    while seen < 2:  # a worker that was stopped together with the whole machine goes on in between
+        time.sleep(0.5)
+        if service.leaving:
+            return
         reason = service.scheduler.failure()
-        # seen twice: a worker that was stopped together with the whole machine goes on in between
-        self._failed_ticks = self._failed_ticks + 1 if reason else 0
-        if self._failed_ticks > 1:
-            logger.critical("%s; this process ends and is replaced", reason)
-            logging.shutdown()  # or that line would be lost
-            os._exit(ExitCode.ENGINE_FAILURE)  # threads that hang would keep any other end waiting
-        if os.getppid() != self._parent:
-            self.should_exit = True
+        seen = seen + 1 if reason else 0
+    logger.critical("%s; this process ends and is replaced", reason)
+    logging.shutdown()  # or that line would be lost
+    os._exit(ExitCode.ENGINE_FAILURE)  # threads that hang would keep any other end waiting
 
 
 def within_open_files(settings: Settings) -> Settings:

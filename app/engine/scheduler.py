@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from app.engine.item import Announce, Answered, Asker, Item
 from app.engine.outcome import Outcome, Timing
 from app.engine.service_time import ServiceTime
 from app.engine.session import Session
-from app.errors import ImageTooLarge, InferenceFailed, NotServing, Overloaded, ServiceError
+from app.errors import ImageTooLarge, InferenceFailed, NotServing, Overloaded
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
 logger = logging.getLogger(__name__)
@@ -45,14 +46,16 @@ _SICK = 32
 broken, as a GPU may be for good."""
 
 _REST_S = 5.0
-"""When there was nothing to do for so long, the memory that work has left behind is given back."""
+_RESTS_AT_LEAST_S = 60.0
+"""When there was nothing to do for so long, the memory that work has left behind is given back; so often even if there was."""
 
 _HERE_BYTES = 16 * 1024
 _HERE_PIXELS = 256 * 256
 _HERE_S = 0.005
 _HERE_PAUSE = 100
-"""Largest image that the thread which has it computes itself, and longest expected; what took longer all the same bars that way
-for so many times as long."""
+_HERE_LONGEST_S = 0.2
+"""Largest image that the thread which has it computes itself, and longest expected. What took longer all the same, or was tried
+in vain, bars that way for so many times as long; the process may have been stopped meanwhile, so no more than this counts."""
 
 
 class Scheduler:
@@ -130,26 +133,26 @@ class Scheduler:
             explain: with class maps.
 
         Returns:
-            A resolved future; None if the image is to be submitted: it has many pixels, or cannot be decoded, which the worker
-            will find and say.
+            A resolved future; None if the image is to be submitted: it has many pixels, or something failed.
         """
         me = threading.get_ident()
         begin = self._busy_since[me] = time.monotonic()
-        try:
+        answered: Future[Outcome] | None = None
+        with suppress(Exception):  # whatever it is, it happens to the worker, too, which says and counts it
             decoded = decode_image(image, self.rule, self.limits, _only_few)
             asker = Asker(math.inf)
             item = Item(decoded, explain, [asker], Timing(begin), None, decoded)
             item.timing.decode_s = time.monotonic() - begin
             self._tell(self._infer([item], explain, alone=True))
-        except ServiceError:
-            return None
-        finally:
-            del self._busy_since[me]
-            self._worked = time.monotonic()
-            if self._worked - begin > _HERE_S:
-                self._here_from = self._worked + _HERE_PAUSE * (self._worked - begin)
-        self.service_time.observe(self._worked - begin)
-        return asker.future
+            answered = asker.future
+        del self._busy_since[me]
+        self._worked = time.monotonic()
+        took_s = self._worked - begin
+        if answered is None or took_s > _HERE_S:
+            self._here_from = self._worked + _HERE_PAUSE * min(took_s, _HERE_LONGEST_S)
+        if answered:
+            self.service_time.observe(took_s)
+        return answered
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -214,7 +217,8 @@ class Scheduler:
 
     def _rest(self) -> None:
         now = time.monotonic()
-        if self._rested >= self._worked or now - self._worked < _REST_S or self._busy_since:
+        is_time = now - self._worked >= _REST_S or now - self._rested >= _RESTS_AT_LEAST_S
+        if self._rested >= self._worked or self._busy_since or not is_time:
             return
         self._rested = now
         try:

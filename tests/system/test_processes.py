@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import shutil
@@ -17,7 +19,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import onnx
 import pytest
+from onnx import TensorProto
+from PIL import Image
 
 from tests.server import ServerProcess, free_port
 
@@ -107,6 +112,64 @@ def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, sam
     while first in (found := both(url)):
         assert time.monotonic() < give_up, server.log
     assert second in found
+    assert server.stop() == 0
+
+
+def hanging_model(folder: Path, artifact: Path) -> Path:
+    """The artifact, but an image that is all white keeps the model busy for hours, outside the interpreter."""
+    model = onnx.load(artifact)
+    graph = model.graph
+    names = [f"hang_{i}" for i in range(9)]
+    integer, fraction, darkest, white, count, turns, always, zero, nothing = names
+    value = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["go"], ["go_on"]), onnx.helper.make_node("Add", ["sum", "sum"], ["next"])],
+        "turn",
+        [value("turn", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("sum", TensorProto.FLOAT, [])],
+        [value("go_on", TensorProto.BOOL, []), value("next", TensorProto.FLOAT, [])],
+    )
+    (logits,) = [node for node in graph.node if "logits" in node.output]
+    logits.output[list(logits.output).index("logits")] = "hang_logits"
+    constants = ((fraction, 255, TensorProto.INT64), (count, 10**15, TensorProto.INT64), (always, True, TensorProto.BOOL))
+    graph.initializer.extend(onnx.helper.make_tensor(name, kind, [], [number]) for name, number, kind in constants)
+    graph.initializer.append(onnx.helper.make_tensor(zero, TensorProto.FLOAT, [], [0.0]))
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Cast", ["images"], [integer], to=TensorProto.INT64),
+            onnx.helper.make_node("ReduceMin", [integer], [darkest], keepdims=0),
+            onnx.helper.make_node("Div", [darkest, fraction], [white]),
+            onnx.helper.make_node("Mul", [white, count], [turns]),
+            onnx.helper.make_node("Loop", [turns, always, zero], [nothing], body=body),
+            onnx.helper.make_node("Add", ["hang_logits", nothing], ["logits"]),
+        ]
+    )
+    path = folder / "hangs.onnx"
+    onnx.save(model, path)
+    path.with_name("hangs.onnx.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.mark.parametrize("way", ["alone, in the event loop", "in a worker"])
+def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, samples, artifact_path, tmp_path, way):
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    server = start(processes=2, workers=1, model=hanging_model(tmp_path, artifact_path))
+    url = server.wait_until_ready()
+    expected = classify(url, samples[0].data)
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=GIVE_UP_S) as client:
+        if way == "in a worker":
+            hung = pool.submit(client.post, "/classify", files={"images": buffer.getvalue()})
+        else:
+            hung = pool.submit(client.post, "/classify", content=buffer.getvalue(), headers={"Content-Type": "image/png"})
+        give_up = time.monotonic() + GIVE_UP_S
+        while "a worker has been busy with one image or batch" not in server.log:
+            assert time.monotonic() < give_up, server.log
+            if way != "in a worker":  # then it takes no more connections, either
+                assert classify(url, samples[0].data) == expected
+        assert isinstance(hung.exception(GIVE_UP_S), httpx.TransportError)
+    while "ended with 70; it is replaced" not in server.log:
+        assert time.monotonic() < give_up, server.log
+    assert classify(url, samples[0].data) == expected
     assert server.stop() == 0
 
 

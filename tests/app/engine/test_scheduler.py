@@ -343,6 +343,13 @@ def test_only_a_lone_image_gets_every_core(session, make, samples):
     assert session.alone == [True, False]
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """A busy machine may interrupt what is computed here for longer than a real server would accept."""
+    monkeypatch.setattr("app.engine.scheduler._HERE_S", 60.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_a_small_image_of_an_idle_engine_is_computed_where_it_is(session, make, samples):
     outcomes = []
     scheduler = make(workers=2, on_batch=outcomes.extend)
@@ -370,7 +377,9 @@ def test_a_model_that_fails_where_the_image_is_fails_that_image_alone(session, m
     assert scheduler.failure() is None
 
 
-def test_what_may_take_long_or_fails_to_decode_is_left_to_a_worker(session, make, samples, monkeypatch):
+@pytest.mark.usefixtures("patient")
+def test_what_may_take_long_or_fails_is_left_to_a_worker(session, make, samples, monkeypatch):
+    monkeypatch.setattr("app.engine.scheduler._HERE_PAUSE", 0)
     scheduler = make()
     session.batches.clear()
     blank = _png(np.zeros((256, 257, 3), np.uint8))
@@ -384,6 +393,7 @@ def test_what_may_take_long_or_fails_to_decode_is_left_to_a_worker(session, make
     assert not scheduler.may_process_here(samples[0].data)
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_image_in_company_is_left_to_a_worker(session, make, samples):
     scheduler = make(workers=2)
     assert scheduler.may_process_here(samples[0].data)
@@ -395,28 +405,40 @@ def test_an_image_in_company_is_left_to_a_worker(session, make, samples):
     assert not scheduler.may_process_here(samples[1].data)
 
 
-def test_after_an_image_that_took_long_the_next_are_left_to_workers(make, samples, monkeypatch):
-    scheduler = make()
+def test_after_an_image_that_took_long_or_failed_the_next_are_left_to_workers(make, samples, monkeypatch):
+    scheduler = make(image_s=0.001)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
+    answers = scheduler.session.infer(np.zeros((1, 32, 32, 3), np.uint8))
 
-    def take(seconds):
+    def process(image, seconds):
         def infer(*arguments, **choices):
             nonlocal now
             now += seconds
             return answers
 
         monkeypatch.setattr(scheduler.session, "infer", infer)
+        return scheduler.process_here(image)
 
-    answers = scheduler.session.infer(np.zeros((1, 32, 32, 3), np.uint8))
-    take(0.002)
-    assert scheduler.process_here(samples[0].data).exception() is None
+    assert process(samples[0].data, 0.0015).exception() is None
     assert scheduler.may_process_here(samples[0].data)
-    take(0.02)
-    assert scheduler.process_here(samples[0].data).exception() is None
-    now += 1.9
+    for seconds, pause in ((0.02, 2), (3600, 20)):  # of an hour in which the whole machine slept only so much counts
+        assert process(samples[0].data, seconds).exception() is None
+        now += pause - 0.1
+        assert not scheduler.may_process_here(samples[0].data)
+        now += 0.2
+        assert scheduler.may_process_here(samples[0].data)
+        assert process(samples[0].data, 0.001).exception() is None
+
+    def decode(*arguments):
+        nonlocal now
+        now += 0.001
+        raise UndecodableImage("broken")
+
+    monkeypatch.setattr("app.engine.scheduler.decode_image", decode)
+    assert process(samples[0].data, 0) is None
     assert not scheduler.may_process_here(samples[0].data)
-    now += 0.2
+    now += 0.11
     assert scheduler.may_process_here(samples[0].data)
 
 
