@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
@@ -39,7 +40,9 @@ def saved_step(output: Path) -> int:
     return int(load_checkpoint(last).description["step"]) if last.exists() else 0
 
 
-def test_killed_ten_times_it_ends_with_the_weights_of_an_undisturbed_run(tmp_path: Path) -> None:
+def test_killed_ten_times_it_ends_with_the_weights_of_an_undisturbed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
+        monkeypatch.delenv(name)  # the fork server outlives pytest, and would leave a report that nobody collects
     processes = multiprocessing.get_context("forkserver")  # imports torch once
     processes.set_forkserver_preload(["tests.training.test_kill"])
     chance = random.Random(0)  # noqa: S311 - not a secret
