@@ -7,6 +7,8 @@ RUN ?= runs/train
 # A folder of images instead of the CIFAR-10 download: make train DATA=path
 DATA_OPTION := $(if $(DATA),--data $(DATA))
 PRESET ?= cpu
+# Which of the models that ship `make export` replaces
+MODEL ?= fast
 BUDGET ?= default
 
 .PHONY: help serve test lint format train evaluate export study bench torture screenshot docker pins sbom audit clean
@@ -35,12 +37,12 @@ train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint,
 evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
-export: .venv/.dev  ## Make RUN's evaluated checkpoint the model that ships, as VERSION: artifact, checkpoint, model card
+export: .venv/.dev  ## Make RUN's evaluated checkpoint the MODEL that ships, as VERSION: artifact, checkpoint, model card
 	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.7.0 PRESET=$(PRESET)" >&2; exit 1; }
-	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
-	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/fast.onnx $(DATA_OPTION)
-	mkdir -p releases/fast
-	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/fast/
+	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(INIT), INIT=$(INIT))'
+	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION)
+	mkdir -p releases/$(MODEL)
+	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/$(MODEL)/
 
 study: .venv/.dev  ## Train what the paper claims as a grid of small networks and judge it (two to three hours); BUDGET=full for a GPU
 	$(BIN)/convmixer-train study --budget $(BUDGET) $(DATA_OPTION)

@@ -95,11 +95,21 @@ class ResizeRule:
         side: S, pixels.
         mode: `crop` keeps the largest middle square, `squash` ignores the aspect ratio, `pad` adds grey bars.
         filter: name of a Pillow resampling filter.
+        through: side that a picture is brought to before it is enlarged to S: that of the training pictures, where these were
+            smaller than S. A sharper picture is none that the model knows.
+
+    Raises:
+        ValueError: `through` is not between 1 and S.
     """
 
     side: int
     mode: Literal["crop", "squash", "pad"] = "crop"
     filter: Literal["bilinear", "bicubic", "lanczos", "box", "hamming"] = "bicubic"
+    through: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.through is not None and not 1 <= self.through <= self.side:
+            raise ValueError(f"a picture cannot be brought through {self.through} pixels a side to {self.side}")
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,8 @@ def decode_image(
             full = _to_8_bit(_upright(image), warnings)
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
             small = _compose_on_white(_resize(full, rule), warnings)
-            return DecodedImage(np.asarray(small), (*warnings, *shape, *_doubts_about_content(small)))
+            seen = small.resize((rule.side, rule.side), Image.Resampling[rule.filter.upper()]) if rule.through else small
+            return DecodedImage(np.asarray(seen), (*warnings, *shape, *_doubts_about_content(small)))
     except ServiceError:
         raise
     except Image.DecompressionBombError as error:
@@ -346,7 +357,7 @@ def _compose_on_white(image: Image.Image, warnings: list[str]) -> Image.Image:
 
 
 def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    size = (rule.side, rule.side)
+    size = (rule.through or rule.side,) * 2
     if image.size == size:
         return image
     method = Image.Resampling[rule.filter.upper()]
@@ -361,8 +372,9 @@ def _doubts_about_shape(size: tuple[int, int], rule: ResizeRule) -> list[str]:
     """What bringing a picture of this size to the model's does to it."""
     short, long = sorted(size)
     doubts = []
-    if short < rule.side:
-        doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {rule.side} x {rule.side}")
+    side = rule.through or rule.side
+    if short < side:
+        doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {side} x {side}")
     if long > _MAX_ASPECT * short:
         effect = {
             "crop": f"only the middle {short / long:.0%} of it was classified",
@@ -370,7 +382,7 @@ def _doubts_about_shape(size: tuple[int, int], rule: ResizeRule) -> list[str]:
             "pad": f"it fills only {short / long:.0%} of what was classified",
         }
         doubts.append(f"the picture is {size[0]} x {size[1]}: {effect[rule.mode]}")
-    reduction = (short if rule.mode == "crop" else long) / rule.side
+    reduction = (short if rule.mode == "crop" else long) / side
     if reduction >= _MAX_REDUCTION:
         doubts.append(f"reduced {reduction:.0f} times: what is small in the picture cannot be seen; crop it to the object")
     return doubts

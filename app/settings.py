@@ -23,7 +23,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        "fast", description="A released artifact (`fast`), or the path of an .onnx file with its .sha256 beside it."
+        "fast",
+        description="A model that ships here (`fast`), or the path of an .onnx file with its .sha256 beside it.",
     )
     model_sha256: str | None = Field(
         None,
@@ -152,7 +153,17 @@ class Settings(BaseModel):
         return keys
 
     def artifact_path(self) -> Path:
-        """The .onnx file that `model` names."""
+        """The .onnx file that `model` names.
+
+        Raises:
+            StartupError: it is no path of one, and no model of that name ships here.
+        """
         if self.model.endswith(".onnx"):
             return Path(self.model)
-        return Path(__file__).parent / "artifacts" / f"{self.model}.onnx"
+        shipped = {path.stem: path for path in (Path(__file__).parent / "artifacts").glob("*.onnx")}
+        if self.model not in shipped:
+            raise StartupError(
+                f"CONVMIXER_MODEL={self.model!r} is neither a model that ships here ({', '.join(sorted(shipped))}) nor the path "
+                "of an .onnx file"
+            )
+        return shipped[self.model]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"{len(files)} photos, {sum(p.parent.name == OTHER for p in files)} of them {OTHER}; {len(known):,} test images")
     rows = []
     for mode, method in itertools.product(MODES, FILTERS):
-        rule = ResizeRule(config.image_size, mode, method)  # type: ignore[arg-type]
+        rule = replace(session.metadata.resize, mode=mode, filter=method)  # type: ignore[arg-type]
         pixels, folders = decode_all(files, rule)
         predicted = np.concatenate([session.infer(part).logits for part in np.array_split(pixels, 8)]).argmax(1)
         is_other = np.array([folder == OTHER for folder in folders])

@@ -128,14 +128,14 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint with evaluation.json beside it.")],
     output: Annotated[Path, typer.Argument(help="The .onnx file to write; its .sha256 is written beside it.")],
     data: DataOption = None,
-    name: Annotated[str, typer.Option(help="Name the service answers with.")] = "fast",
+    name: Annotated[str | None, typer.Option(help="Name the service answers with. Default: the file's.")] = None,
     version: Annotated[str, typer.Option(help="Version the service answers with.")] = "1.0.0",
     command: Annotated[str, typer.Option(help="Command that made the checkpoint, for the model card.")] = "",
 ) -> None:
     """Write the artifact the service loads, after checking that it answers exactly as the checkpoint does."""
     from training.release import export_artifact
 
-    parity = export_artifact(checkpoint, output, data, name=name, version=version, command=command)
+    parity = export_artifact(checkpoint, output, data, name=name or output.stem, version=version, command=command)
     typer.echo(
         f"wrote {output}; top-1 equal to PyTorch on {parity.top1_equal} of {parity.images} images, "
         f"logits within {parity.max_logit_difference:.1e}"
@@ -147,11 +147,14 @@ def card(
     checkpoint: Annotated[Path, typer.Argument(help="The released checkpoint, with evaluation.json beside it.")],
     artifact: Annotated[Path, typer.Argument(help="The artifact exported from it.")],
     data: DataOption = None,
-    output: Annotated[Path, typer.Option(help="Markdown file; pictures go to images/ beside it.")] = Path("docs/model-card.md"),
+    output: Annotated[
+        Path | None, typer.Option(help="Markdown file; pictures go to images/ beside it. Default: docs/models/ARTIFACT.md.")
+    ] = None,
 ) -> None:
     """Write the model card with its pictures, and as HTML beside the artifact, where the service shows it."""
     from training.release import write_card_for
 
+    output = output or Path("docs/models") / f"{artifact.stem}.md"
     write_card_for(checkpoint, artifact, data, output)
     typer.echo(f"wrote {output} and {artifact.with_suffix('.card.html')}")
 

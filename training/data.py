@@ -32,11 +32,13 @@ class ImageSet:
         images: uint8 [N, 3, S, S], RGB.
         labels: int64 [N], index into `classes`.
         classes: names, in the order of the network's outputs.
+        enlarged_from: side of the largest picture (its shorter one) before all were enlarged to S; None if one was not.
     """
 
     images: Tensor
     labels: Tensor
     classes: list[str]
+    enlarged_from: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,7 +122,8 @@ def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:
     if image_size != pixels.shape[1]:
         pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size)) for image in pixels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(source.targets), list(source.classes))
+    native = source.data.shape[1]
+    return ImageSet(images, torch.tensor(source.targets), list(source.classes), native if native < image_size else None)
 
 
 def _load_folder(folder: Path, image_size: int) -> ImageSet:
@@ -137,14 +140,19 @@ def _load_folder(folder: Path, image_size: int) -> ImageSet:
     empty = set(range(len(classes))) - {label for _, label in files}
     if empty:
         raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")
-    images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
+    images, largest = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8), 0
     for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
-        images[index] = torch.from_numpy(_read_image(path, image_size)).permute(2, 0, 1)
-    return ImageSet(images, torch.tensor([label for _, label in files]), classes)
+        pixels, native = _read_image(path, image_size)
+        images[index], largest = torch.from_numpy(pixels).permute(2, 0, 1), max(largest, native)
+    labels = torch.tensor([label for _, label in files])
+    return ImageSet(images, labels, classes, largest if largest < image_size else None)
 
 
-def _read_image(path: Path, image_size: int) -> np.ndarray:
-    """uint8 [S, S, 3], RGB, as the service reads it (`app.images`, a test compares): upright, the middle square, on white.
+def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, int]:
+    """A picture as the service reads it (`app.images`, a test compares): upright, the middle square, on white.
+
+    Returns:
+        uint8 [S, S, 3], RGB, and the picture's shorter side before.
 
     An orientation that only XMP has turns it, too; the service reads EXIF alone.
     """
@@ -153,11 +161,12 @@ def _read_image(path: Path, image_size: int) -> np.ndarray:
             full = _to_8_bit(ImageOps.exif_transpose(image))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
+    native = min(full.size)
     if full.size != (image_size, image_size):
         full = _fit(full, image_size)
     if full.mode == "RGBA":
         full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
-    return np.array(full.convert("RGB"))
+    return np.array(full.convert("RGB")), native
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:

@@ -166,7 +166,7 @@ PRESETS: dict[str, Preset] = {
         ),
         source="ours: a seventh cycle, begun with what `cpu-6` ended with (--init), its last fifth without mixing",
         cost="127 minutes on two Zen 5 cores, bf16, beside other work (285 images a second at 32 px)",
-        result="94.95 % on the test set, one run: the model that ships (docs/model-card.md)",
+        result="94.95 % on the test set, one run: the model that ships (docs/models/fast.md)",
     ),
     "small": Preset(
         TrainConfig(

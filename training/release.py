@@ -18,7 +18,9 @@ from training.data import load_images
 from training.errors import DataError
 
 RESIZE = {"mode": "crop", "filter": "bilinear"}
-"""How the service brings other shapes to the input size; `training.data` does the same."""
+"""How the service brings other shapes to the input size; `training.data` does the same.
+
+Where all test pictures had to be enlarged for it, the service makes others as small first (`through`)."""
 
 SCORE = "feature_similarity"
 """How the service tells pictures of none of the classes: the best of three, docs/training.md."""
@@ -48,7 +50,7 @@ def export_artifact(
     metadata = {
         "name": name,
         "version": version,
-        "resize": RESIZE,
+        "resize": RESIZE | ({"through": data.enlarged_from} if data.enlarged_from else {}),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "checkpoint_sha256": evaluation["checkpoint_sha256"],
         "command": command,

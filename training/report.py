@@ -160,6 +160,10 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
         batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
         validation = averaged["val_accuracy"]
+    small = artifact["resize"].get("through")
+    side = small or artifact["input_size"]
+    enlarged = f", enlarged to {artifact['input_size']} × {artifact['input_size']}" if small else ""
+    through = f", by way of {small} × {small}" if small else ""
     seen = " **These are the images it was trained with: this says nothing of new ones.**"
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
@@ -168,7 +172,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
         "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; "
-        f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}",
+        f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}{through}",
         "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
         "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",
         "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
@@ -198,9 +202,9 @@ Made by:
 
 ## What it is for
 
-Telling which of {len(description["classes"])} classes a picture shows: {", ".join(description["classes"])}. It saw only
-{artifact["input_size"]} × {artifact["input_size"]} pixels of each in training, so large photos are judged by their rough
-shape and colour, and a picture of anything else still gets one of these labels: look at `in_distribution`.
+Telling which of {len(description["classes"])} classes a picture shows: {", ".join(description["classes"])}. In training
+each had {side} × {side} pixels{enlarged}, so large photos are judged by their rough shape and colour, and
+a picture of anything else still gets one of these labels: look at `in_distribution`.
 
 ## Training
 

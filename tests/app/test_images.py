@@ -166,6 +166,23 @@ def test_the_first_frame_of_an_animation_counts_and_is_said(picture):
         assert result.warnings == ("animation: only the first frame was classified",)
 
 
+def test_a_picture_may_be_made_as_small_as_those_of_the_training_and_enlarged_then(samples, repository):
+    rule = ResizeRule(48, "crop", "bilinear", through=32)
+    with Image.open(samples[0].path) as image:
+        expected = np.asarray(image.convert("RGB").resize((48, 48), Image.Resampling.BILINEAR))
+    small = decode_image(samples[0].data, rule, LIMITS)
+    assert np.array_equal(small.pixels, expected)
+    assert small.warnings == ()
+    path = repository / "app" / "web" / "samples" / "cat-photo.webp"
+    with Image.open(path) as photo:
+        middle = ImageOps.fit(photo.convert("RGB"), (32, 32), Image.Resampling.BILINEAR)
+    large = decode_image(path.read_bytes(), rule, LIMITS)
+    assert np.array_equal(large.pixels, np.asarray(middle.resize((48, 48), Image.Resampling.BILINEAR)))
+    buffer = io.BytesIO()
+    middle.resize((24, 24)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), rule, LIMITS).warnings[0] == "24 x 24 pixels were enlarged to 32 x 32"
+
+
 def test_shapes_follow_the_resize_rule():
     wide = Image.new("RGB", (120, 60), "blue")
     wide.paste("white", (30, 0, 90, 60))  # the middle square is white

@@ -300,7 +300,7 @@ def test_everybody_can_use_it_on_a_phone_too(open_page, path):
 
 def test_the_card_is_shown_with_its_pictures(open_page, repository):
     page = open_page("/card")
-    card = (repository / "docs" / "model-card.md").read_text()
+    card = (repository / "docs" / "models" / "fast.md").read_text()
     assert page.locator("h1").inner_text() == card.splitlines()[0].removeprefix("# ")
     assert re.search(r"\*\*([\d.]+%)\*\*", card)[1] in page.locator("table").first.inner_text()
     loaded = page.locator("img").evaluate_all("images => images.map((image) => [image.alt, image.naturalWidth > 100])")

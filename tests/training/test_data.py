@@ -254,6 +254,8 @@ def test_torchvisions_cifar10_is_brought_to_size_as_a_folder_is(photos: ImageSet
     assert torch.equal(folder.labels, photos.labels)
     assert torch.equal(train.images, folder.images[::2])
     assert train.images.shape == (100, 3, 48, 48)
+    assert train.enlarged_from == folder.enlarged_from == 32
+    assert load_images(CIFAR10, "train", 32).enlarged_from is None
 
 
 def test_a_download_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from model.checkpoint import load_checkpoint
 from model.errors import ExportError
 from model.export import METADATA_KEY
 from tests.training.conftest import CIFAR10, QUIET, TINY
-from training.data import ImageSet
+from training.data import ImageSet, load_images
 from training.errors import DataError
 from training.evaluate import evaluate
 from training.release import export_artifact, load_evaluation, write_card_for
@@ -56,6 +57,19 @@ def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
     assert datetime.date.fromisoformat(found["date"]) <= datetime.datetime.now(datetime.UTC).date()
     assert found["temperature"] == evaluation["temperature"]
     assert found["parity"]["images"] == found["parity"]["top1_equal"] == 200
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(tmp_path: Path) -> None:
+    images = load_images(CIFAR10, "train", 36)
+    assert images.enlarged_from == 32
+    checkpoint = train(replace(TINY, image_size=36, epochs=1), images, tmp_path, QUIET)
+    evaluate(checkpoint, CIFAR10, tmp_path / "evaluation.json", "cpu")
+    export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
+    found = metadata(tmp_path / "tiny.onnx")
+    assert found["resize"] == {"mode": "crop", "filter": "bilinear", "through": 32}
+    write_card_for(checkpoint, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
+    assert "| Input | 36 × 36 RGB; other shapes: crop, bilinear, by way of 32 × 32 |" in (tmp_path / "card.md").read_text()
 
 
 def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> None:
@@ -99,9 +113,10 @@ def test_the_services_card_is_the_same_and_needs_no_other_file(artifact: Path, e
     assert f"<strong>{load_evaluation(evaluated)['top1']:.2%}</strong>" in html
 
 
-def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path) -> None:
-    shipped = repository / "app" / "artifacts" / "fast.card.html"
-    assert shipped.read_text() == render_card(repository / "docs" / "model-card.md"), "run `convmixer-train card` (make export)"
+@pytest.mark.parametrize("name", ["fast"])
+def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path, name: str) -> None:
+    shipped = repository / "app" / "artifacts" / f"{name}.card.html"
+    assert shipped.read_text() == render_card(repository / "docs" / "models" / f"{name}.md"), "run `convmixer-train card`"
 
 
 def test_a_card_cannot_bring_markup_of_its_own(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def test_metadata_is_typed_and_unknown_keys_are_kept():
         ({"contract": "convmixer-artifact/9"}, "speaks convmixer-artifact/9"),
         ({"temperature": 0}, "temperature"),
         ({"resize": {"mode": "stretch"}}, "mode"),
+        ({"resize": {"mode": "crop", "through": 9}}, "through 9 pixels a side to 8"),
+        ({"resize": {"mode": "crop", "through": 0}}, "through 0 pixels"),
         ({"classes": ["only"]}, "classes"),
         ({"out_of_distribution": {"score": "magic", "threshold": 1}}, "score"),
     ],
