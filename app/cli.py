@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Classify images with ConvMixer.")
 
 ModelOption = Annotated[
-    str | None, typer.Option(help="Released artifact or path of an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
+    str | None, typer.Option(help="A model that ships (`fast`, `accurate`) or an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
 ]
 
 KeyOption = Annotated[

@@ -140,11 +140,9 @@ class RawImageRequest:
     Attributes:
         received: bytes of the image so far.
         maybe_alone: complete ones that the event loop has read while the engine rests, and has not begun with.
-        waited: whether those read now may have waited while the event loop computed an image.
     """
 
     maybe_alone: ClassVar[list[RawImageRequest]] = []
-    waited: ClassVar[bool] = False
 
     __slots__ = (
         "begin",
@@ -207,7 +205,7 @@ class RawImageRequest:
 
     def _begin(self) -> None:
         self.begun, self.body = True, bytes(self.body)
-        if self.waited or not self.protocol.service.scheduler.may_process_here(self.body):
+        if not self.protocol.service.scheduler.may_process_here(self.body):
             self._submit()
             return
         self.maybe_alone.append(self)
@@ -224,16 +222,9 @@ class RawImageRequest:
             try:
                 if len(requests) > 1 or not request._process():
                     request._submit()
-                else:
-                    cls.waited = True
-                    request.protocol.loop.call_soon(cls._nobody_waits)  # called when what has come meanwhile is read
             except Exception:  # of writing the answer, or of who is told of it: the others are still to be begun with
                 logger.exception("a request could not be answered; its connection is closed")
                 request.protocol.transport.abort()
-
-    @classmethod
-    def _nobody_waits(cls) -> None:
-        cls.waited = False
 
     def _process(self) -> bool:
         """Computes the image here, if it is fit for that."""

@@ -83,12 +83,12 @@ def side(of: onnxruntime.InferenceSession) -> int:
 def side_by_side(paths: list[Path], threads: int, batch: int) -> list[float]:
     """Milliseconds an image of each graph, run in turn."""
     sessions = [session(path, threads) for path in paths]
-    images = noise(batch, side(sessions[0]))
+    images = [noise(batch, side(running)) for running in sessions]
     seconds: list[list[float]] = [[] for _ in sessions]
     for _ in range(ROUNDS):
-        for running, done in zip(sessions, seconds, strict=True):
+        for running, given, done in zip(sessions, images, seconds, strict=True):
             begin = time.perf_counter()
-            running.run(["logits"], {"images": images})
+            running.run(["logits"], {"images": given})
             done.append(time.perf_counter() - begin)
     return [float(np.median(done[1:])) / batch * 1000 for done in seconds]
 

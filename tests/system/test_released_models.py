@@ -36,6 +36,10 @@ def classify(client: httpx.Client, data: bytes, **parameters: Any) -> dict[str, 
     return prediction
 
 
+def test_both_models_are_there():
+    assert NAMES == ["accurate", "fast"]
+
+
 def test_it_is_what_the_repository_released(served, repository):
     name, client = served
     model = client.get("/model").json()["metadata"]
@@ -81,4 +85,4 @@ def test_every_answer_equals_pytorch(served, samples, repository):
 def test_a_name_that_no_model_has_stops_the_start(start):
     server = start(model="acurate")
     assert server.wait() != 0
-    assert "CONVMIXER_MODEL='acurate' is neither a model that ships here (" in server.log
+    assert "CONVMIXER_MODEL='acurate' is neither a model that ships here (accurate, fast) nor the path" in server.log

@@ -113,7 +113,7 @@ def test_the_services_card_is_the_same_and_needs_no_other_file(artifact: Path, e
     assert f"<strong>{load_evaluation(evaluated)['top1']:.2%}</strong>" in html
 
 
-@pytest.mark.parametrize("name", ["fast"])
+@pytest.mark.parametrize("name", ["accurate", "fast"])
 def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path, name: str) -> None:
     shipped = repository / "app" / "artifacts" / f"{name}.card.html"
     assert shipped.read_text() == render_card(repository / "docs" / "models" / f"{name}.md"), "run `convmixer-train card`"
