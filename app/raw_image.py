@@ -222,9 +222,8 @@ class RawImageRequest:
             try:
                 if len(requests) > 1 or not request._process():
                     request._submit()
-            except Exception:  # of writing the answer, or of who is told of it: the others are still to be begun with
-                logger.exception("a request could not be answered; its connection is closed")
-                request.protocol.transport.abort()
+            except Exception:  # of telling what failed: the others are still to be begun with
+                request._give_up()
 
     def _process(self) -> bool:
         """Computes the image here, if it is fit for that."""
@@ -274,9 +273,14 @@ class RawImageRequest:
         try:
             self._answer(future.result())
         except Exception as defect:
-            if self.response_started:
-                raise
-            self.fail(defect)
+            if self.response_started:  # what is written now would be taken for the next answer
+                self._give_up()
+            else:
+                self.fail(defect)
+
+    def _give_up(self) -> None:
+        logger.exception("a request could not be answered; its connection is closed")
+        self.protocol.transport.abort()
 
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service

@@ -133,7 +133,7 @@ def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) ->
     for axes in grid.flat:
         axes.axis("off")
     for axes, mistake in zip(grid.flat, mistakes, strict=False):
-        axes.imshow(data.images[mistake["index"]].permute(1, 2, 0).numpy())
+        axes.imshow(data.images[mistake["index"]].permute(1, 2, 0).numpy(), interpolation="nearest")
         true, predicted = data.classes[mistake["label"]], data.classes[mistake["predicted"]]
         axes.set_title(f"{predicted} {mistake['confidence']:.0%}\nis {true}", fontsize=7)
     finish(figure, path)
