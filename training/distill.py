@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.checkpoint import build_model, load_checkpoint
+from model.convmixer import ConvMixer
 from training.config import TrainConfig
 from training.data import ImageSet, check_held_out
 from training.errors import ConfigError
+from training.fused import use_cpu_kernels
 
 
 class Distillation:
@@ -42,6 +44,8 @@ class Distillation:
         checkpoint = load_checkpoint(path)
         self._network = build_model(checkpoint).to(device).to(memory_format=torch.channels_last)
         self._temperature = config.distill_temperature
+        if isinstance(self._network, ConvMixer) and device.type == "cpu":
+            use_cpu_kernels(self._network, processes=1)
         found = checkpoint.description
         if found["classes"] != data.classes:
             raise ConfigError(f"the teacher {path} knows classes {found['classes']}, the data has {data.classes}")

@@ -1,4 +1,4 @@
-"""A ConvMixer block's training step on a CPU in few passes over memory.
+"""A ConvMixer block's training step, and a teacher's answer, on a CPU in few passes over memory.
 
 The library's step spends more time between the matrix products than in them: each of GELU, batch normalisation, the
 residual sum, the depthwise convolution and their gradients reads and writes whole feature maps. Here a block is one
@@ -54,27 +54,36 @@ def use_fused_blocks(model: ConvMixer) -> bool:
     return True
 
 
+def _computed_here(module: nn.Module) -> bool:
+    """Not so for gradients of a network in evaluation, which training never asks for."""
+    return module.training or not torch.is_grad_enabled()
+
+
 class _FusedPatchEmbedding(PatchEmbedding):
     kernel_size: int
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        if not self.training or x.dtype not in DTYPES:
+        if x.dtype not in DTYPES or not _computed_here(self):
             out: Tensor = self.norm(self.act(x))
-        else:
+        elif self.training:
             out = _gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
+        else:
+            out = _infer_gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
         return out
 
 
 class _FusedBlock(ConvMixerBlock):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self.training or dtype not in DTYPES:
+        if dtype not in DTYPES or not _computed_here(self):
             return super().forward(x)
+        # autocast would convert a library convolution's argument; it does not know these functions
+        x = x.to(dtype)
         modules = (self.depthwise, self.depthwise_norm, self.pointwise, self.pointwise_norm)
         parameters = (p for module in modules for p in (module.weight, module.bias))
-        # autocast would convert a library convolution's argument; it does not know this function
-        out: Tensor = _block(x.to(dtype), *parameters, self.depthwise_norm, self.pointwise_norm)
+        block = _block if self.training else _infer_block
+        out: Tensor = block(x, *parameters, self.depthwise_norm, self.pointwise_norm)
         return out
 
 
@@ -150,9 +159,43 @@ class _Block(torch.autograd.Function):
         return *first, grad_pointwise, grad_bias2, grad_scale2, grad_shift2, None, None
 
 
+def _tracked_gelu_norm(z: Tensor, scale: Tensor, shift: Tensor, norm: nn.BatchNorm2d, kernel_size: int) -> Tensor:
+    """As `_GeluNorm`, with the statistics that training has left, and without a gradient: a teacher's."""
+    z = z.contiguous(memory_format=torch.channels_last)
+    mean, rate = _tracked(norm)
+    return _scale_and_shift(Kernels(z, kernel_size), z, None, mean, scale * rate, shift)
+
+
+def _tracked_block(
+    x: Tensor,
+    depthwise: Tensor,
+    bias1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    pointwise: Tensor,
+    bias2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    norm1: nn.BatchNorm2d,
+    norm2: nn.BatchNorm2d,
+) -> Tensor:
+    """As `_Block`, with the statistics that training has left, and without a gradient: a teacher's."""
+    kernels = Kernels(x, depthwise.shape[-1])
+    x = x.contiguous(memory_format=torch.channels_last)
+    z1 = kernels.maps()
+    kernels("depthwise_forward", x, depthwise.flatten(1).t().contiguous(), bias1, z1, kernels.per_image(3))
+    mean1, rate1 = _tracked(norm1)
+    mixed = _scale_and_shift(kernels, z1, x, mean1, scale1 * rate1, shift1)
+    z2 = _maps(torch.addmm(bias2.to(x.dtype), _rows(mixed), pointwise.flatten(1).to(x.dtype).t()), x)
+    mean2, rate2 = _tracked(norm2)
+    return _scale_and_shift(kernels, z2, None, mean2, scale2 * rate2, shift2)
+
+
 # their calls of machine code cannot be traced: a compiled network goes around them
 _gelu_norm = torch.compiler.disable(_GeluNorm.apply)
 _block = torch.compiler.disable(_Block.apply)
+_infer_gelu_norm = torch.compiler.disable(_tracked_gelu_norm)
+_infer_block = torch.compiler.disable(_tracked_block)
 
 
 def _statistics(kernels: Kernels, z: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -183,6 +226,12 @@ def _track(kernels: Kernels, sums: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor
     tracked["running_mean"].lerp_(mean, momentum)
     tracked["running_var"].lerp_((variance * (count / (count - 1))).float(), momentum)
     return mean, rate
+
+
+def _tracked(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The running mean and 1/√(variance + ε) of every channel, [h] each."""
+    tracked = dict(norm.named_buffers())  # the attributes are typed as maybe missing
+    return tracked["running_mean"], (tracked["running_var"] + norm.eps).rsqrt()
 
 
 def _scale_and_shift(kernels: Kernels, z: Tensor, residual: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -121,9 +121,14 @@ def test_names_values_and_evaluation_stay_as_they_are(images: Images) -> None:
     plain, fused = pair()
     assert list(fused.state_dict()) == list(plain.state_dict())
     fused.load_state_dict(plain.state_dict())
-    averaged = copy.deepcopy(fused)
-    with torch.inference_mode():
-        assert torch.equal(averaged.eval()(images(4, 32)), plain.eval()(images(4, 32)))
+    averaged, pictures = copy.deepcopy(fused).eval(), images(4, 32)
+    expected = plain.eval()(pictures)
+    assert torch.equal(averaged(pictures), expected)
+    with torch.no_grad():  # where the kernels compute
+        torch.testing.assert_close(averaged(pictures), expected, atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs, ours = (relative_error(net(pictures).float(), expected) for net in (plain, averaged))
+    assert 0 < ours < max(0.02, 1.5 * theirs)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the tracer looks at it
@@ -132,6 +137,9 @@ def test_a_traced_network_goes_around_the_kernels(images: Images) -> None:
     expected = step(fused, images(4, 20))["logits"]
     found = torch.compile(fused, backend="eager")(images(4, 20))
     torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        expected = fused.eval()(images(4, 20))
+        torch.testing.assert_close(torch.compile(fused, backend="eager")(images(4, 20)), expected)
 
 
 @pytest.mark.parametrize(
