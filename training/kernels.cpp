@@ -11,9 +11,13 @@
 
 namespace {
 
-constexpr int BLOCK = 16;  // channels whose padded image stays in the first-level cache; 16 floats are a cache line
-constexpr int TILE = 8;    // outputs of a row computed together: 8 sums hide the latency of a multiply-add
+constexpr int BLOCK = 16;    // channels whose padded image stays in the first-level cache; 16 floats are a cache line
+constexpr int TILE = LANES;  // outputs of a row computed together: as many as there are registers for, in AVX2 and in AVX-512
 constexpr int PAD = KERNEL / 2;
+
+struct alignas(4 * BLOCK) Line {  // else most loads would cross into the next cache line
+    float channels[BLOCK];
+};
 
 struct Shape {
     int images, height, width, channels, threads;
@@ -27,42 +31,38 @@ struct Coefficients {
 };
 
 // Gradient before GELU and batch normalisation, from the gradient behind them.
+template <typename T>
 inline vec gradient_before(vec z, vec dy, const Coefficients& k, int channel) {
-    const Normal n = normal(z);
-    const vec centred = z * n.cumulative - load(k.mean + channel);
+    const Gelu at = gelu_and_slope<T>(z);
+    const vec centred = at.value - load(k.mean + channel);
     const vec da = dy * load(k.a + channel) + centred * load(k.b + channel) + load(k.c + channel);
-    return da * (n.cumulative + z * n.density);
+    return da * at.slope;
 }
 
-// Depthwise convolution of WIDTH neighbouring positions of one vector of channels; `sums` holds what is added to.
-template <int WIDTH>
-inline void convolve(const float* padded, int row_length, const float* weight, vec* sums) {
+// Depthwise convolution of `width` neighbouring positions of one vector of channels; `sums` holds what is added to.
+// Every input is loaded once for all the sums that it is part of.
+template <int WIDTH = TILE>
+inline void convolve(int width, const float* padded, int row_length, const float* weight, vec* sums) {
+    if constexpr (WIDTH > 1)
+        if (width < WIDTH) return convolve<WIDTH - 1>(width, padded, row_length, weight, sums);
     vec local[WIDTH];
     for (int t = 0; t < WIDTH; ++t) local[t] = sums[t];
-    for (int i = 0; i < KERNEL; ++i)
+    for (int i = 0; i < KERNEL; ++i) {
+        vec taps[KERNEL];
 #pragma GCC unroll 16
-        for (int j = 0; j < KERNEL; ++j) {
-            const vec w = load(weight + (i * KERNEL + j) * BLOCK);
+        for (int j = 0; j < KERNEL; ++j) taps[j] = load(weight + (i * KERNEL + j) * BLOCK);
+#pragma GCC unroll 32
+        for (int p = 0; p < WIDTH + KERNEL - 1; ++p) {
+            const vec input = load(padded + i * row_length + p * BLOCK);
 #pragma GCC unroll 16
-            for (int t = 0; t < WIDTH; ++t) local[t] += load(padded + i * row_length + (j + t) * BLOCK) * w;
+            for (int j = 0; j < KERNEL; ++j)
+                if (p - j >= 0 && p - j < WIDTH) local[p - j] += input * taps[j];
         }
+    }
     for (int t = 0; t < WIDTH; ++t) sums[t] = local[t];
 }
 
-inline void convolve(int width, const float* padded, int row_length, const float* weight, vec* sums) {
-    switch (width) {
-        case 1: return convolve<1>(padded, row_length, weight, sums);
-        case 2: return convolve<2>(padded, row_length, weight, sums);
-        case 3: return convolve<3>(padded, row_length, weight, sums);
-        case 4: return convolve<4>(padded, row_length, weight, sums);
-        case 5: return convolve<5>(padded, row_length, weight, sums);
-        case 6: return convolve<6>(padded, row_length, weight, sums);
-        case 7: return convolve<7>(padded, row_length, weight, sums);
-        default: return convolve<8>(padded, row_length, weight, sums);
-    }
-}
-
-// A row is cut into tiles as equal as can be: 10 positions are 5 + 5, because 8 + 2 take as long as 16.
+// A row is cut into tiles as equal as can be: 24 positions are 12 + 12, because 16 + 8 take longer.
 template <typename Body>
 inline void for_tiles(int width, Body body) {
     const int tiles = (width + TILE - 1) / TILE;
@@ -78,12 +78,12 @@ void for_blocks(const Shape& s, Body body) {
     const int blocks = (s.channels + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(s.threads)
     {
-        std::vector<float> padded(long(s.height + 2 * PAD) * (s.width + 2 * PAD) * BLOCK);
-        std::vector<float> weights(KERNEL * KERNEL * BLOCK);
+        std::vector<Line> padded(long(s.height + 2 * PAD) * (s.width + 2 * PAD));
+        std::vector<Line> weights(KERNEL * KERNEL);
 #pragma omp for schedule(static)
         for (long task = 0; task < long(s.images) * blocks; ++task) {
             const int first = task % blocks * BLOCK;
-            body(task / blocks, first, std::min(BLOCK, s.channels - first), padded.data(), weights.data());
+            body(task / blocks, first, std::min(BLOCK, s.channels - first), padded[0].channels, weights[0].channels);
         }
     }
 }
@@ -108,7 +108,7 @@ void depthwise_forward(Shape s, const T* x, const float* weight, const float* bi
                     convolve(width, padded + y * row + begin * BLOCK + c, row, weights + c, sums);
                     for (int t = 0; t < width; ++t) {
                         store(z + offset + (long(y) * s.width + begin + t) * C + c, sums[t]);
-                        const vec a = gelu(sums[t]);
+                        const vec a = gelu<T>(sums[t]);
                         if (y == 0 && begin + t == 0) pivot = a;
                         sum += a - pivot;
                         square += (a - pivot) * (a - pivot);
@@ -137,7 +137,7 @@ void depthwise_backward(Shape s, const T* dy, const T* z, const T* x, const floa
                 for (int p = 0; p < s.width; ++p) {
                     const long at = offset + (long(y) * s.width + p) * C + c;
                     for (const T* next : {dy, z, x}) __builtin_prefetch(next + at + BLOCK);  // its lines are far apart
-                    const vec dz = gradient_before(load(z + at), load(dy + at), k, first + c);
+                    const vec dz = gradient_before<T>(load(z + at), load(dy + at), k, first + c);
                     store(padded + (y + PAD) * row + (p + PAD) * BLOCK + c, dz);
                     sum += dz;
                 }
@@ -193,13 +193,13 @@ void gelu_statistics(Shape s, const T* z, float* statistics) {
         float *pivot = statistics + image * C, *sum = pivot + plane, *square = sum + plane;
         const T* p = z + image * s.positions() * C;
         for (int c = 0; c < C; c += LANES) {
-            store(pivot + c, gelu(load(p + c)));
+            store(pivot + c, gelu<T>(load(p + c)));
             store(sum + c, vec{});
             store(square + c, vec{});
         }
         for (long position = 0; position < s.positions(); ++position, p += C)
             for (int c = 0; c < C; c += LANES) {
-                const vec d = gelu(load(p + c)) - load(pivot + c);
+                const vec d = gelu<T>(load(p + c)) - load(pivot + c);
                 add(sum + c, d);
                 add(square + c, d * d);
             }
@@ -214,7 +214,7 @@ void gelu_scale_shift(Shape s, const T* z, const T* residual, const float* scale
         for (long position = 0; position < s.positions(); ++position)
             for (int c = 0; c < C; c += LANES) {
                 const long at = (image * s.positions() + position) * C + c;
-                const vec out = gelu(load(z + at)) * load(scale + c) + load(shift + c);
+                const vec out = gelu<T>(load(z + at)) * load(scale + c) + load(shift + c);
                 store(y + at, residual ? load(residual + at) + out : out);
             }
     });
@@ -233,7 +233,7 @@ void norm_gradients(Shape s, const T* dy, const T* z, const float* mean, float* 
                 const long at = (image * s.positions() + position) * C + c;
                 const vec d = load(dy + at);
                 add(dshift + c, d);
-                add(dscale + c, d * (gelu(load(z + at)) - load(mean + c)));
+                add(dscale + c, d * (gelu<T>(load(z + at)) - load(mean + c)));
             }
     });
 }
@@ -248,7 +248,7 @@ void gelu_norm_backward(Shape s, const T* dy, const T* z, const float* rows, T* 
         for (long position = 0; position < s.positions(); ++position)
             for (int c = 0; c < C; c += LANES) {
                 const long at = (image * s.positions() + position) * C + c;
-                const vec d = gradient_before(load(z + at), load(dy + at), k, c);
+                const vec d = gradient_before<T>(load(z + at), load(dy + at), k, c);
                 store(dz + at, d);
                 add(sum + c, d);
             }

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -27,9 +31,13 @@ inline vec load(const bf16* p) {
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline void store(bf16* p, vec v) {
+inline void store(bf16* p, vec v) {  // to nearest even
+#if defined(__AVX512BF16__) && LANES == 16
+    const __m256bh rounded = _mm512_cvtneps_pbh(__m512(v));
+#else
     const ints bits = ints(v);
-    const halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);  // to nearest even
+    const halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+#endif
     std::memcpy(p, &rounded, sizeof rounded);
 }
 
@@ -61,4 +69,49 @@ inline Normal normal(vec z) {
     return {z < 0 ? tail : 1.0f - tail, e * 0.39894228f};
 }
 
-inline vec gelu(vec z) { return z * normal(z).cumulative; }
+struct Gelu {
+    vec value, slope;
+};
+
+template <typename T>
+inline Gelu gelu_and_slope(vec z) {
+    const Normal n = normal(z);
+    return {z * n.cumulative, n.cumulative + z * n.density};
+}
+
+template <typename T>
+inline vec gelu(vec z) {
+    return z * normal(z).cumulative;
+}
+
+// Of values that are rounded to bf16 (2^-9) polynomials are enough instead of an exponential and a division: the cumulative
+// distribution within 3.4e-5, the slope of GELU within 5.2e-4, by the least maximum error on [0, 4] that ends in 1 there.
+// Both are 1/2 plus an odd function of z.
+constexpr float CUMULATIVE[] = {3.98805693e-01f, -6.60644867e-02f, 9.58167183e-03f, -1.02113397e-03f,
+                                7.62040694e-05f, -3.71076914e-06f, 1.04491076e-07f, -1.27879132e-09f};
+constexpr float SLOPE[] = {7.98968530e-01f, -2.66277956e-01f, 5.84496084e-02f, -8.38185442e-03f,
+                           7.87557498e-04f, -4.62694624e-05f, 1.52772350e-06f, -2.15016784e-08f};
+
+inline vec clamp(vec z) {
+    const vec bound = vec{} + 4.0f, above = z > -bound ? z : -bound;
+    return above < bound ? above : bound;
+}
+
+inline vec half_plus_odd(const float (&coefficients)[8], vec z, vec square) {
+    vec sum = vec{} + coefficients[7];
+#pragma GCC unroll 8
+    for (int i = 6; i >= 0; --i) sum = sum * square + coefficients[i];
+    return sum * z + 0.5f;
+}
+
+template <>
+inline Gelu gelu_and_slope<bf16>(vec z) {
+    const vec near = clamp(z), square = near * near;
+    return {z * half_plus_odd(CUMULATIVE, near, square), half_plus_odd(SLOPE, near, square)};
+}
+
+template <>
+inline vec gelu<bf16>(vec z) {
+    const vec near = clamp(z);
+    return z * half_plus_odd(CUMULATIVE, near, near * near);
+}

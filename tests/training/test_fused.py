@@ -15,6 +15,7 @@ from model.convmixer import ConvMixer, ConvMixerConfig
 from training import kernels
 from training.data import ImageSet
 from training.fused import use_cpu_kernels, use_fused_blocks
+from training.kernels import Kernels, available
 
 Images = Callable[[int, int], Tensor]
 
@@ -103,6 +104,25 @@ def test_bf16_is_as_close_to_float32_as_the_librarys(images: Images) -> None:
     for name, value in ours.items():
         assert value.dtype == torch.float32
         assert relative_error(value, exact[name]) < max(0.02, 1.5 * relative_error(theirs[name], exact[name])), name
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 1.5e-4)], ids=str)
+def test_gelu_and_its_slope_are_right_everywhere(dtype: torch.dtype, error: float) -> None:
+    """From far below the polynomials' range to far above it; on top of `error` comes what rounding to the type costs."""
+    available(3, 8)
+    z = torch.linspace(-30, 30, 8 * 64 * 64).view(1, 8, 64, 64).to(dtype).contiguous(memory_format=torch.channels_last)
+    call = Kernels(z, 3)
+    values, slopes = call.maps(), call.maps()
+    call("gelu_scale_shift", z, None, torch.tensor([[1.0], [0.0]]).repeat(1, 8), values)
+    passed_on = torch.tensor([[0.0], [1.0], [0.0], [0.0]]).repeat(1, 8)
+    call("gelu_norm_backward", torch.ones_like(z), z, passed_on, slopes, call.per_image())
+
+    exact = z.double().requires_grad_()
+    expected = F.gelu(exact)
+    expected.sum().backward()
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(values.double(), expected.detach(), atol=error, rtol=rounding)
+    torch.testing.assert_close(slopes.double(), exact.grad, atol=4 * error, rtol=rounding)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
