@@ -54,35 +54,28 @@ def use_fused_blocks(model: ConvMixer) -> bool:
     return True
 
 
-def _computed_here(module: nn.Module) -> bool:
-    """Not so for gradients of a network in evaluation, which training never asks for."""
-    return module.training or not torch.is_grad_enabled()
-
-
 class _FusedPatchEmbedding(PatchEmbedding):
     kernel_size: int
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        if x.dtype not in DTYPES or not _computed_here(self):
+        if not self.training or x.dtype not in DTYPES:
             out: Tensor = self.norm(self.act(x))
-        elif self.training:
-            out = _gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
         else:
-            out = _infer_gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
+            out = _gelu_norm(x, self.norm.weight, self.norm.bias, self.norm, self.kernel_size)
         return out
 
 
 class _FusedBlock(ConvMixerBlock):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if dtype not in DTYPES or not _computed_here(self):
+        if dtype not in DTYPES or (not self.training and torch.is_grad_enabled()):
             return super().forward(x)
         # autocast would convert a library convolution's argument; it does not know these functions
         x = x.to(dtype)
         modules = (self.depthwise, self.depthwise_norm, self.pointwise, self.pointwise_norm)
         parameters = (p for module in modules for p in (module.weight, module.bias))
-        block = _block if self.training else _infer_block
+        block = _block if self.training else _block_of_teacher
         out: Tensor = block(x, *parameters, self.depthwise_norm, self.pointwise_norm)
         return out
 
@@ -107,40 +100,14 @@ class _GeluNorm(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """One block: maps [N, h, H, W] → the same.
-
-    A name ending in 1 belongs to the depthwise half, in 2 to the pointwise half; z is what GELU sees.
-    """
+    """One block: maps [N, h, H, W] → the same."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        depthwise: Tensor,
-        bias1: Tensor,
-        scale1: Tensor,
-        shift1: Tensor,
-        pointwise: Tensor,
-        bias2: Tensor,
-        scale2: Tensor,
-        shift2: Tensor,
-        norm1: nn.BatchNorm2d,
-        norm2: nn.BatchNorm2d,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, depthwise: Tensor, *others: Any) -> Tensor:
         ctx.kernel_size = depthwise.shape[-1]
-        kernels = Kernels(x, ctx.kernel_size)
-        x = x.contiguous(memory_format=torch.channels_last)
-        taps = depthwise.flatten(1).t().contiguous()  # [k², h]
-        z1, sums1 = kernels.maps(), kernels.per_image(3)
-        kernels("depthwise_forward", x, taps, bias1, z1, sums1)
-        mean1, rate1 = _track(kernels, sums1, norm1)
-        mixed = _scale_and_shift(kernels, z1, x, mean1, scale1 * rate1, shift1)
-
-        matrix = pointwise.flatten(1).to(x.dtype)  # [h_out, h_in]
-        z2 = _maps(torch.addmm(bias2.to(x.dtype), _rows(mixed), matrix.t()), x)
-        mean2, rate2 = _statistics(kernels, z2, norm2)
-        ctx.save_for_backward(x, z1, mixed, z2, taps, matrix, scale1, scale2, mean1, rate1, mean2, rate2)
-        return _scale_and_shift(kernels, z2, None, mean2, scale2 * rate2, shift2)
+        out, saved = _forward(x, depthwise, *others, training=True)
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -159,14 +126,7 @@ class _Block(torch.autograd.Function):
         return *first, grad_pointwise, grad_bias2, grad_scale2, grad_shift2, None, None
 
 
-def _tracked_gelu_norm(z: Tensor, scale: Tensor, shift: Tensor, norm: nn.BatchNorm2d, kernel_size: int) -> Tensor:
-    """As `_GeluNorm`, with the statistics that training has left, and without a gradient: a teacher's."""
-    z = z.contiguous(memory_format=torch.channels_last)
-    mean, rate = _tracked(norm)
-    return _scale_and_shift(Kernels(z, kernel_size), z, None, mean, scale * rate, shift)
-
-
-def _tracked_block(
+def _forward(
     x: Tensor,
     depthwise: Tensor,
     bias1: Tensor,
@@ -178,24 +138,37 @@ def _tracked_block(
     shift2: Tensor,
     norm1: nn.BatchNorm2d,
     norm2: nn.BatchNorm2d,
-) -> Tensor:
-    """As `_Block`, with the statistics that training has left, and without a gradient: a teacher's."""
+    *,
+    training: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A block's output, and what its gradients are made of.
+
+    A name ending in 1 belongs to the depthwise half, in 2 to the pointwise half; z is what GELU sees.
+    """
     kernels = Kernels(x, depthwise.shape[-1])
     x = x.contiguous(memory_format=torch.channels_last)
-    z1 = kernels.maps()
-    kernels("depthwise_forward", x, depthwise.flatten(1).t().contiguous(), bias1, z1, kernels.per_image(3))
-    mean1, rate1 = _tracked(norm1)
+    taps = depthwise.flatten(1).t().contiguous()  # [k², h]
+    z1, sums1 = kernels.maps(), kernels.per_image(3)
+    kernels("depthwise_forward", x, taps, bias1, z1, sums1)
+    mean1, rate1 = _track(kernels, sums1, norm1) if training else _tracked(norm1)
     mixed = _scale_and_shift(kernels, z1, x, mean1, scale1 * rate1, shift1)
-    z2 = _maps(torch.addmm(bias2.to(x.dtype), _rows(mixed), pointwise.flatten(1).to(x.dtype).t()), x)
-    mean2, rate2 = _tracked(norm2)
-    return _scale_and_shift(kernels, z2, None, mean2, scale2 * rate2, shift2)
+
+    matrix = pointwise.flatten(1).to(x.dtype)  # [h_out, h_in]
+    z2 = _maps(torch.addmm(bias2.to(x.dtype), _rows(mixed), matrix.t()), x)
+    mean2, rate2 = _statistics(kernels, z2, norm2) if training else _tracked(norm2)
+    out = _scale_and_shift(kernels, z2, None, mean2, scale2 * rate2, shift2)
+    return out, (x, z1, mixed, z2, taps, matrix, scale1, scale2, mean1, rate1, mean2, rate2)
+
+
+def _infer(x: Tensor, *others: Any) -> Tensor:
+    """As `_Block`, with the statistics that training has left, and without a gradient: a teacher's."""
+    return _forward(x, *others, training=False)[0]
 
 
 # their calls of machine code cannot be traced: a compiled network goes around them
 _gelu_norm = torch.compiler.disable(_GeluNorm.apply)
 _block = torch.compiler.disable(_Block.apply)
-_infer_gelu_norm = torch.compiler.disable(_tracked_gelu_norm)
-_infer_block = torch.compiler.disable(_tracked_block)
+_block_of_teacher = torch.compiler.disable(_infer)
 
 
 def _statistics(kernels: Kernels, z: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

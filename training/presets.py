@@ -37,6 +37,17 @@ _STRONG = AugmentConfig(
 )
 """The paper's augmentation for CIFAR-10."""
 
+_MIXED = AugmentConfig(
+    crop_scale=0.75,
+    flip=0.5,
+    randaugment_ops=2,
+    randaugment_magnitude=10,
+    mixup=0.2,
+    cutmix=0.5,
+    mix_until=0.8,
+)
+"""Ours, of the long cycles on a CPU."""
+
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         TrainConfig(
@@ -144,15 +155,7 @@ PRESETS: dict[str, Preset] = {
     "cpu-7": Preset(
         TrainConfig(
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=AugmentConfig(
-                crop_scale=0.75,
-                flip=0.5,
-                randaugment_ops=2,
-                randaugment_magnitude=10,
-                mixup=0.2,
-                cutmix=0.5,
-                mix_until=0.8,
-            ),
+            augment=_MIXED,
             start_size=24,
             epochs=46,
             batch_size=64,
@@ -171,15 +174,7 @@ PRESETS: dict[str, Preset] = {
     "cpu-8": Preset(
         TrainConfig(
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=AugmentConfig(
-                crop_scale=0.75,
-                flip=0.5,
-                randaugment_ops=2,
-                randaugment_magnitude=10,
-                mixup=0.2,
-                cutmix=0.5,
-                mix_until=0.8,
-            ),
+            augment=_MIXED,
             start_size=24,
             epochs=26,
             batch_size=64,
@@ -201,15 +196,7 @@ PRESETS: dict[str, Preset] = {
     "cpu-accurate": Preset(
         TrainConfig(
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
-            augment=AugmentConfig(
-                crop_scale=0.75,
-                flip=0.5,
-                randaugment_ops=2,
-                randaugment_magnitude=10,
-                mixup=0.2,
-                cutmix=0.5,
-                mix_until=0.8,
-            ),
+            augment=_MIXED,
             image_size=48,
             start_size=32,
             epochs=23,
