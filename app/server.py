@@ -76,7 +76,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._parent is not None and self.started:
+        if self.started:
             service: Service = self.lifespan.state["service"]
             threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
 
@@ -122,7 +122,10 @@ class _Server(uvicorn.Server):
 
 
 def _end_if_failed(service: Service) -> None:
-    """Ends the process when its engine has failed, so that the parent starts another; the event loop may hang, too."""
+    """Ends the process when its engine has failed, so that whoever started it starts another; the event loop may hang, too.
+
+    A container's restart policy looks at nothing else: neither at health checks nor at clients that wait.
+    """
     seen = 0
     while seen < 2:  # a worker that was stopped together with the whole machine goes on in between
         time.sleep(0.5)
@@ -130,7 +133,7 @@ def _end_if_failed(service: Service) -> None:
             return
         reason = service.scheduler.failure()
         seen = seen + 1 if reason else 0
-    logger.critical("%s; this process ends and is replaced", reason)
+    logger.critical("%s; this process ends with exit code %d, to be started anew", reason, ExitCode.ENGINE_FAILURE)
     logging.shutdown()  # or that line would be lost
     os._exit(ExitCode.ENGINE_FAILURE)  # threads that hang would keep any other end waiting
 

@@ -173,6 +173,19 @@ def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, sa
     assert server.stop() == 0
 
 
+def test_a_lone_process_whose_model_hangs_ends_itself(start, artifact_path, tmp_path):
+    """Docker restarts what ends, and nothing else."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    server = start(workers=1, model=hanging_model(tmp_path, artifact_path))
+    url = server.wait_until_ready()
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"{url}/classify", files={"images": buffer.getvalue()}, timeout=GIVE_UP_S)
+    assert server.wait() == 70
+    assert "busy with one image or batch" in server.log
+    assert "ends with exit code 70" in server.log
+
+
 def test_new_clients_do_not_wait_while_an_upload_is_finished(start, samples):
     server = start(processes=2, workers=1)
     url = server.wait_until_ready()
