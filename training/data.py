@@ -7,6 +7,7 @@ download, or any folder with one sub-folder per class.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,12 @@ class ImageSet:
         """SHA-256 of pixels, labels and class names: equal only for the same data in the same order."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         digest.update(self.images.numpy().tobytes())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def order_sha256(self) -> str:
+        """SHA-256 of labels and class names: what `split_validation` goes by; the same for the same pictures at another size."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
@@ -93,23 +100,32 @@ def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSe
     )
 
 
-def check_held_out(path: Path, training: dict[str, Any], data: ImageSet, fraction: float) -> None:
-    """Refuses a checkpoint that has learnt images by which a new run would be judged.
+def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, fraction: float) -> None:
+    """Refuses a checkpoint that has learnt images by which a new run would be judged; warns of one that may have.
 
     Args:
         path: of the checkpoint.
-        training: what it says of its own training.
+        description: the checkpoint's.
         data: of the new run.
         fraction: held out in the new run; a smaller slice is part of a larger one.
 
     Raises:
-        DataError: it was trained with the same data, of which it held out less.
+        DataError: it was trained with the same pictures, perhaps at another size, of which it held out less.
     """
+    training = description["training"]
     theirs = training["config"]["val_fraction"]
-    if theirs < fraction and training["data_sha256"] == data.fingerprint():
+    same = training["data_sha256"] == data.fingerprint() or training.get("order_sha256") == data.order_sha256()
+    if same and theirs < fraction:
         raise DataError(
             f"{path} held out {theirs:g} of the same images, so it has learnt some of the {fraction:g} that this run would be "
             f"judged by; give --set val_fraction={theirs:g}"
+        )
+    if not same and set(description["classes"]) & set(data.classes):
+        print(
+            f"{path} was trained with other images of the same classes, or with these in another order or size: if it has learnt "
+            "some that are held out here, validation accuracy, temperature and rejection threshold will be too good; the test "
+            "set is not concerned",
+            file=sys.stderr,
         )
 
 

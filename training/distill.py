@@ -49,7 +49,7 @@ class Distillation:
         found = checkpoint.description
         if found["classes"] != data.classes:
             raise ConfigError(f"the teacher {path} knows classes {found['classes']}, the data has {data.classes}")
-        check_held_out(path, found["training"], data, config.val_fraction)
+        check_held_out(path, found, data, config.val_fraction)
         ours = [list(config.normalize_mean), list(config.normalize_std)]
         if [found["normalize_mean"], found["normalize_std"]] != ours:
             raise ConfigError(f"the teacher {path} was trained on pixels normalised differently; both must see the same")

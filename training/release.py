@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from model.checkpoint import load_checkpoint
 from model.errors import ExportError
 from model.export import METADATA_KEY, ParityReport, export
-from training.data import load_images
+from training.data import ImageSet, load_images
 from training.errors import DataError
 
 RESIZE = {"mode": "crop", "filter": "bilinear"}
@@ -40,12 +40,12 @@ def export_artifact(
         command: what made the checkpoint.
 
     Raises:
-        DataError: the evaluation is missing or of another checkpoint.
+        DataError: the evaluation is missing or of another checkpoint, or the data are other than it was made with.
         ExportError: the graph does not answer as the network does; nothing is written.
     """
     evaluation = load_evaluation(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
-    data = load_images(data_path, "test", checkpoint.description["image_size"])
+    data = _evaluated_on(checkpoint_path, evaluation, data_path, checkpoint.description["image_size"])
     training = checkpoint.description["training"]
     metadata = {
         "name": name,
@@ -56,7 +56,7 @@ def export_artifact(
         "command": command,
         "test": {key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")},
         "training": {
-            "epochs": training["config"]["epochs"],
+            "epochs": round(training["config"]["epochs"] * training["steps"] / training["total_steps"], 2),
             "seconds": round(training["seconds"]),
             "hardware": training["hardware"],
         },
@@ -90,11 +90,16 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
     if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
         raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
     checkpoint = load_checkpoint(checkpoint_path)
-    data = load_images(data_path, "test", checkpoint.description["image_size"])
-    if data.fingerprint() != evaluation["data_sha256"]:
-        raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was evaluated on; give the same --data")
+    data = _evaluated_on(checkpoint_path, evaluation, data_path, checkpoint.description["image_size"])
     write_card(checkpoint, evaluation, artifact, data, output)
     artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
+
+
+def _evaluated_on(checkpoint_path: Path, evaluation: dict[str, Any], data_path: Path | None, image_size: int) -> ImageSet:
+    data = load_images(data_path, "test", image_size)
+    if data.fingerprint() != evaluation["data_sha256"]:
+        raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was evaluated on; give the same --data")
+    return data
 
 
 def load_evaluation(checkpoint_path: Path) -> dict[str, Any]:

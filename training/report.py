@@ -43,7 +43,7 @@ def write_card(
     pictures = output.parent / "images"
     pictures.mkdir(parents=True, exist_ok=True)
     stem = artifact["name"]
-    draw_curves(checkpoint.description["training"]["history"], pictures / f"{stem}-curves.png")
+    draw_curves(checkpoint.description["training"], pictures / f"{stem}-curves.png")
     draw_confusion(evaluation, checkpoint.description["classes"], pictures / f"{stem}-confusion.png")
     draw_reliability(evaluation["bins"], pictures / f"{stem}-reliability.png")
     draw_mistakes(evaluation["mistakes"], data, pictures / f"{stem}-mistakes.png")
@@ -75,13 +75,19 @@ def render_card(card: Path) -> str:
     return f'<article class="prose">\n{html.replace(nameless, "")}</article>\n'
 
 
-def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+def draw_curves(training: dict[str, Any], path: Path) -> None:
     """Loss and validation accuracy by epoch."""
+    history = training["history"]
     epochs = [row["epoch"] for row in history]
+    shown = ["augmented"]
+    if training["config"]["label_smoothing"]:
+        shown.append("smoothed labels")
+    if training.get("teacher"):
+        shown.append("distance to a teacher")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in history], color=_MUTED, label="training (augmented, smoothed labels)")
+    left.plot(epochs, [row["train_loss"] for row in history], color=_MUTED, label=f"training ({', '.join(shown)})")
     left.plot(epochs, [row["val_loss"] for row in history], color=_COLOR, label="validation")
-    left.set(xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="loss, nats" if training.get("teacher") else "cross-entropy, nats", ylim=(0, None))
     left.legend(frameon=False)
     right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_COLOR, marker="o", markersize=3)
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
@@ -141,7 +147,8 @@ def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) ->
 
 def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact: dict[str, Any], stem: str) -> str:
     training = description["training"]
-    config = training["config"]
+    teacher = training.get("teacher")
+    config = {key: value for key, value in training["config"].items() if teacher or not key.startswith("distill_")}
     calibrated, raw = evaluation["calibrated"], evaluation["uncalibrated"]
     n, top1 = evaluation["images"], evaluation["top1"]
     error = 1.96 * (top1 * (1 - top1) / n) ** 0.5
@@ -150,11 +157,21 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         epochs = (
             f"{config['epochs'] * training['steps'] / training['total_steps']:.1f} of the {epochs} its schedule was laid for,"
         )
+    if training.get("code_changed"):
+        epochs += " (resumed with another version of the training code)"
     batches = f"{training['images']:,} images, {epochs} of batch {config['batch_size']}"
-    minutes = f"{training['seconds'] / 60:.0f} minutes"
+    minutes = (
+        f"{training['seconds'] / 60:.0f} minutes on {training['hardware']}, {training['precision']}, torch {training['torch']}"
+    )
     if init := training.get("init"):
         batches += f", after {init['epochs']} epochs that made the weights it began with (checkpoint `{init['sha256'][:12]}…`)"
-        minutes += f", after {init['seconds'] / 60:.0f} for those,"
+        minutes += f"; before it {init['seconds'] / 60:.0f} minutes for those weights"
+    taught = {}
+    if teacher:
+        taught["Taught by"] = (
+            f"{teacher['name']}, checkpoint `{teacher['sha256'][:12]}…`: the distance to its answers to the same pictures is "
+            f"{config['distill_weight']:.0%} of the loss (arXiv 2106.05237)"
+        )
     validation = training["history"][-1]["val_accuracy"]
     if averaged := training.get("averaged"):
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
@@ -180,7 +197,8 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         f"{artifact['out_of_distribution']['threshold']:.3f} "
         "(keeps 95 % of held-out images)",
         "Trained on": batches,
-        "Training time": f"{minutes} on {training['hardware']}, {training['precision']}, torch {training['torch']}",
+        **taught,
+        "Training time": minutes,
         "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
         "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} "
         f"of {artifact['parity']['images']:,} images, "

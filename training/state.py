@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class TrainingState:
         self.config, self.path, self.classes = config, path, data.classes
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
         self.data, self.data_sha256, self.teacher = data, data.fingerprint(), teacher
+        self.code_sha256, self.code_changed = _code_sha256(), False
 
     def save(self, progress: Progress) -> None:
         """Writes the training checkpoint.
@@ -82,6 +84,8 @@ class TrainingState:
             "data_sha256": self.data_sha256,
             "teacher": self.teacher,
             "code_version": __version__,
+            "code_sha256": self.code_sha256,
+            "code_changed": self.code_changed,
             "step": progress.step,
             "seconds": progress.seconds,
             "loss_sum": progress.loss_sum,
@@ -115,6 +119,14 @@ class TrainingState:
             names = [(t or {}).get("name", "none") for t in (found.get("teacher"), self.teacher)]
             raise ResumeError(
                 f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same file"
+            )
+        self.code_changed = found.get("code_changed", False)
+        if found.get("code_sha256") != self.code_sha256:
+            self.code_changed = True
+            print(
+                f"the code in training/ or model/ is not that which wrote {self.path}: the run goes on, but will not end as one "
+                "that was never stopped; the model card says so",
+                file=sys.stderr,
             )
         ours, theirs = _flatten(self.config.to_dict()), _flatten(TrainConfig.from_dict(found["config"]).to_dict())
         changed = [
@@ -169,7 +181,7 @@ class TrainingState:
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]
-        check_held_out(path, before, self.data, self.config.val_fraction)
+        check_held_out(path, found.description, self.data, self.config.val_fraction)
         return {
             "name": found.description["name"],
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -219,7 +231,9 @@ class TrainingState:
                 "images": n_training,
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
+                "order_sha256": self.data.order_sha256(),
                 "teacher": self.teacher,
+                "code_changed": self.code_changed,
                 "seconds": progress.seconds,
                 "history": progress.history,
                 "init": progress.init,
@@ -231,6 +245,16 @@ class TrainingState:
         }
         _write(path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
         return path
+
+
+def _code_sha256() -> str:
+    """Of what a step computes with, as far as it is ours."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted([*here.iterdir(), *(here.parent / "model").iterdir()]):
+        if path.suffix in {".py", ".cpp", ".h"}:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_wrong_usage_exits_2(command_line: CommandLine, arguments: list[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset=huge"], "unknown preset 'huge'; known: cpu, cpu-2, cpu-3, cpu-4, cpu-5, cpu-6, cpu-7, cpu-accurate, small, "),
+        (["--preset=huge"], f"unknown preset 'huge'; known: {', '.join(PRESETS)}"),
         (["--set=lr"], "--set takes NAME=VALUE, not 'lr'"),
         (["--set=rate=1"], "unknown setting 'rate'; known: "),
         (["--set=lr=fast"], "lr='fast' is not a number"),

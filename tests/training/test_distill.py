@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from model.checkpoint import CheckpointError, build_model, load_checkpoint
-from tests.training.conftest import QUIET, TINY
+from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.config import AugmentConfig
-from training.data import ImageSet
+from training.data import ImageSet, load_images
 from training.distill import Distillation
-from training.errors import ConfigError, DataError, ResumeError
+from training.errors import ConfigError, DataError, ResumeError, Stopped
 from training.evaluate import compute_logits
 from training.train import train
 
@@ -64,6 +64,29 @@ def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: Image
     train(TINY, photos, tmp_path, QUIET, teacher=trained, resume=True)
     with pytest.raises(ResumeError, match=r"had another teacher \(convmixer-16-2-k3-p2\) than this run \(none\)"):
         train(TINY, photos, tmp_path, QUIET, resume=True)
+
+
+def test_a_stopped_run_with_a_teacher_ends_the_same_in_bf16(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    """With the kernels of `training/kernels.cpp`, where there is a compiler."""
+    runtime = replace(QUIET, precision="bf16")
+    whole = train(TINY, photos, tmp_path / "whole", runtime, teacher=trained)
+    with pytest.raises(Stopped):
+        train(TINY, photos, tmp_path, runtime, teacher=trained, deadline=0.0)
+    resumed = train(TINY, photos, tmp_path, runtime, teacher=trained, resume=True)
+    expected, found = load_checkpoint(whole).tensors, load_checkpoint(resumed).tensors
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_teacher_that_has_learnt_what_is_held_out(trained: Path, photos: ImageSet, capsys: pytest.CaptureFixture[str]) -> None:
+    """At another size the same pictures are held out; of others nothing is known."""
+    larger = load_images(CIFAR10, "train", 40)
+    Distillation(trained, replace(TINY, image_size=40), larger, CPU)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
+        Distillation(trained, replace(TINY, image_size=40, val_fraction=0.5), larger, CPU)
+    fewer = ImageSet(photos.images[1:], photos.labels[1:], photos.classes)
+    Distillation(trained, TINY, fewer, CPU)
+    assert "was trained with other images of the same classes" in capsys.readouterr().err
 
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import json
 import re
 import shutil
@@ -162,6 +163,26 @@ def test_no_card_of_another_networks_artifact(artifact: Path, photos: ImageSet, 
 def test_no_card_with_other_images(artifact: Path, evaluated: Path, folder_of: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not what .* was evaluated on; give the same --data"):
         write_card_for(evaluated, artifact, folder_of("cat", "dog"), tmp_path / "card.md")
+
+
+def test_no_export_with_other_images(evaluated: Path, folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    """They also decide how the service resizes."""
+    with pytest.raises(DataError, match=r"is not what .* was evaluated on; give the same --data"):
+        export_artifact(evaluated, tmp_path / "tiny.onnx", folder_of("cat", "dog"), **NAMED)
+    assert not (tmp_path / "tiny.onnx").exists()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_card_names_the_teacher(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    student = train(replace(TINY, epochs=1, distill_weight=0.75), photos, tmp_path, QUIET, teacher=trained)
+    evaluate(student, CIFAR10, tmp_path / "evaluation.json", "cpu")
+    export_artifact(student, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
+    write_card_for(student, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
+    sha256 = hashlib.sha256(trained.read_bytes()).hexdigest()
+    card = (tmp_path / "card.md").read_text()
+    assert f"| Taught by | convmixer-16-2-k3-p2, checkpoint `{sha256[:12]}…`: " in card
+    assert "is 75% of the loss" in card
+    assert '"distill_weight": 0.75' in card
 
 
 @pytest.mark.parametrize("content", [b"", b"not onnx at all"])

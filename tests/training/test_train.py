@@ -559,6 +559,20 @@ def test_a_checkpoint_of_other_code_is_not_resumed(stopped: Path, photos: ImageS
         train(TINY, photos, stopped, QUIET, resume=True)
 
 
+def test_a_run_that_goes_on_with_changed_code_says_so(
+    stopped: Path, photos: ImageSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resume() -> dict[str, Any]:
+        found: dict[str, Any] = load_checkpoint(train(TINY, photos, stopped, QUIET, resume=True)).description["training"]
+        return found
+
+    assert not resume()["code_changed"]
+    assert "is not that which wrote" not in capsys.readouterr().err
+    rewrite(stopped / "last.safetensors", code_sha256="0" * 64)
+    assert resume()["code_changed"]
+    assert "is not that which wrote" in capsys.readouterr().err
+
+
 # What else can go wrong
 
 WILD = replace(TINY, lr=1e30, clip_norm=0.0, schedule="constant")
