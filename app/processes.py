@@ -1,7 +1,8 @@
 """Several processes behind one address: `CONVMIXER_PROCESSES`.
 
 The first process opens the listening socket, starts the others on it, replaces what dies and passes SIGTERM on; it answers
-nothing itself. The others share nothing but the socket, and a folder in which each tells its metrics (`app.telemetry.siblings`).
+nothing itself. The others share nothing but the socket, and a folder in which each tells its metrics (`app.telemetry.siblings`),
+as it does itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from app.errors import StartupError
 from app.settings import Settings
 from app.telemetry.metrics_port import metrics_server
-from app.telemetry.siblings import Siblings, socket_path
+from app.telemetry.siblings import ParentMetrics, Siblings, socket_path
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Supervisor:
         self._early_ends = 0
         self._ever_ready = self._stopping = False
         self._exit_code = 0
+        self._metrics = ParentMetrics(settings.processes)
 
     def run(self) -> int:
         """Comes back when all have ended.
@@ -100,9 +102,10 @@ class Supervisor:
                 signal.signal(signal.SIGINT, stop)
                 # a wait that a signal ends has a moment in which it does not; looking twenty times a second has none
                 while self._started or not self._stopping:
+                    self._metrics.leave(folder)
                     self._start_due(command)
                     self._reap(folder)
-                    if not self._ever_ready and any(folder.iterdir()):
+                    if not self._ever_ready and any(folder.glob("*.sock")):
                         self._ever_ready = True
                         logger.info("Uvicorn running on http://%s:%d (%d processes)", host, port, self._settings.processes)
                     time.sleep(_POLL_S)
@@ -156,6 +159,7 @@ class Supervisor:
 
     def _replace(self, begin: float, *, early: bool) -> None:
         """Has another started, at the earliest some time after the begin of the one that is missing."""
+        self._metrics.replacements += 1
         self._early_ends = min(self._early_ends + 1, _MOST_DOUBLINGS) if early else 0
         self._due.append(begin + _RESPAWN_DELAY_S * (1 << self._early_ends))
 

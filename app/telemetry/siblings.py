@@ -1,4 +1,7 @@
-"""Metrics of several processes behind one address: each tells its own on a Unix socket, whoever is scraped gathers all."""
+"""Metrics of several processes behind one address.
+
+Each tells its own on a Unix socket, their parent leaves its few in a file beside them, and whoever is scraped gathers all.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -20,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _GATHER_TIMEOUT_S = 2.0
 _GATHERED_FOR_S = 1.0
+_PARENTS = "parent.prom"
 
 
 @asynccontextmanager
@@ -51,8 +56,47 @@ def socket_path(folder: Path, pid: int) -> Path:
     return folder / f"{pid}.sock"
 
 
+class ParentMetrics(Collector):
+    """What only the parent knows, which answers no request; its samples have no label `process`.
+
+    Args:
+        processes: how many there are to be.
+
+    Attributes:
+        replacements: how many times one had to be started in another's place.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.replacements = 0
+        self._processes, self._begin = processes, time.time()
+        self._left: int | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """All three (prometheus_client's Collector)."""
+        yield GaugeMetricFamily("convmixer_processes", "Processes that there should be (CONVMIXER_PROCESSES).", self._processes)
+        yield CounterMetricFamily("convmixer_process_replacements", "Processes that had to be replaced.", self.replacements)
+        # the others' begin with each replacement; of a container that is started anew they may even have the same ids
+        yield GaugeMetricFamily(
+            "process_start_time_seconds", "Start time of the process since unix epoch in seconds.", self._begin
+        )
+
+    def leave(self, folder: Path) -> None:
+        """Writes them down where `Siblings` finds them, if they are not there yet."""
+        if self._left == self.replacements:
+            return
+        self._left = self.replacements
+        registry = CollectorRegistry()
+        registry.register(self)
+        new = folder / f"{_PARENTS}.new"
+        try:
+            new.write_bytes(generate_latest(registry))
+            new.replace(folder / _PARENTS)
+        except OSError as error:  # a full disk is no reason to end
+            logger.warning("the number of replaced processes cannot be told: %s", error)
+
+
 class Siblings(Collector):
-    """The metrics of all processes.
+    """The metrics of all processes and of their parent.
 
     Args:
         folder: of the Unix sockets.
@@ -62,13 +106,19 @@ class Siblings(Collector):
         self.folder = folder
 
     def collect(self) -> Iterator[Metric]:
-        """Every process's samples with a label `process`, its id (prometheus_client's Collector)."""
+        """Every process's samples with a label `process`, its id, and the parent's (prometheus_client's Collector)."""
         families: dict[str, Metric] = {}
-        for path in sorted(self.folder.glob("*.sock")):
-            for family in text_string_to_metric_families(_read(path).decode()):
+
+        def add(text: bytes, **labels: str) -> None:
+            for family in text_string_to_metric_families(text.decode()):
                 known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
-                    known.add_sample(sample.name, {**sample.labels, "process": path.stem}, sample.value)
+                    known.add_sample(sample.name, {**sample.labels, **labels}, sample.value)
+
+        for path in sorted(self.folder.glob("*.sock")):
+            add(_read(path), process=path.stem)
+        with suppress(FileNotFoundError):  # it could not be written
+            add((self.folder / _PARENTS).read_bytes())
         yield from families.values()
 
 

@@ -44,6 +44,11 @@ def processes(url: str) -> dict[int, float]:
     return {int(pid): float(count) for pid, count in re.findall(r'^convmixer_images_total\{process="(\d+)"\} (\S+)', text, re.M)}
 
 
+def parents(metrics: str) -> dict[str, float]:
+    """Its parent's metrics, which have no label."""
+    return {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", metrics, re.M)}
+
+
 def both(url: str) -> dict[int, float]:
     give_up = time.monotonic() + GIVE_UP_S
     while len(found := processes(url)) != 2:
@@ -79,6 +84,10 @@ def test_a_killed_process_is_replaced_and_the_other_goes_on(pair, samples):
     url = pair.wait_until_ready()
     expected = classify(url, samples[0].data)
     victim = next(iter(both(url)))
+    before = parents(httpx.get(f"{url}/metrics").text)
+    assert before.keys() == {"convmixer_processes", "convmixer_process_replacements_total", "process_start_time_seconds"}
+    assert before["convmixer_processes"] == 2
+    assert before["process_start_time_seconds"] <= time.time()
     os.kill(victim, signal.SIGKILL)
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: classify(url, samples[0].data), range(40))) == {expected}
@@ -86,6 +95,8 @@ def test_a_killed_process_is_replaced_and_the_other_goes_on(pair, samples):
     while victim in (found := both(url)):
         assert time.monotonic() < give_up, found
     assert f"process {victim} ended with -9; it is replaced" in pair.log
+    name = "convmixer_process_replacements_total"
+    assert parents(httpx.get(f"{url}/metrics").text) == before | {name: before[name] + 1}
 
 
 def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
@@ -240,6 +251,7 @@ def test_the_metrics_port_tells_of_all(start):
         url = server.wait_until_ready()
         assert client.get(f"{url}/metrics").status_code == 404
         give_up = time.monotonic() + GIVE_UP_S
-        while len(set(re.findall(r'process="(\d+)"', client.get(f"http://127.0.0.1:{port}/metrics").text))) != 2:
+        while len(set(re.findall(r'process="(\d+)"', text := client.get(f"http://127.0.0.1:{port}/metrics").text))) != 2:
             assert time.monotonic() < give_up
+        assert parents(text)["convmixer_processes"] == 2
         assert server.stop() == 0
