@@ -6,6 +6,7 @@ promtool and prometheus are Debian's package `prometheus`; without it those test
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -22,8 +23,10 @@ import pytest
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.telemetry.siblings import ParentMetrics
 from tests.server import ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,9 @@ QUERIES = {
     for panel in DASHBOARD["panels"]
     for target in panel.get("targets", [])
 }
+(HAPROXYS,) = text_string_to_metric_families('haproxy_backend_active_servers{proxy="replicas"} 2')
+"""As HAProxy tells it, says a test below."""
+
 WEBP = {"Content-Type": "image/webp"}
 TIMEOUT_S = 60
 
@@ -62,7 +68,11 @@ def client(server) -> httpx.Client:
 
 
 def families(client: httpx.Client) -> dict[str, Any]:
-    found = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    """The server's, and those that a parent of several has besides (`test_processes` asks a real one)."""
+    registry = CollectorRegistry()
+    registry.register(ParentMetrics(2))
+    texts = (generate_latest(registry).decode(), client.get("/metrics").text)
+    found = {family.name: family for text in texts for family in text_string_to_metric_families(text)}
     return {name + ("_total" if family.type == "counter" else ""): family for name, family in found.items()}
 
 
@@ -193,9 +203,9 @@ def test_every_line_is_json_uvicorns_too(server, client):
 
 
 def names_and_labels(expression: str) -> tuple[set[str], set[str]]:
-    """Metric names and label names of a PromQL expression."""
+    """Metric names, without recorded ones, and label names of a PromQL expression."""
     plain = re.sub(r'"[^"]*"', '""', expression)
-    names = set(re.findall(r"\b(?:convmixer|process|python)_\w+", plain)) - {"convmixer_predictions"}
+    names = set(re.findall(r"(?<![\w:])(?:convmixer|process|python|haproxy)_\w+", plain))
     labels = {name for group in re.findall(r"\{(.*?)\}", plain) for name in re.findall(r"(\w+)\s*[=!]", group)}
     for group in re.findall(r"\b(?:by|ignoring|on)\s*\((.*?)\)", plain):
         labels |= set(re.findall(r"\w+", group))
@@ -204,14 +214,31 @@ def names_and_labels(expression: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("expression", [*QUERIES.values(), *(rule["expr"] for rule in ALERTS)])
 def test_every_query_asks_for_what_there_is(client, expression):
-    known = families(client)
+    known = families(client) | {"haproxy_backend_active_servers": HAPROXYS}
     suffixed = {name + s: name for name, f in known.items() if f.type == "histogram" for s in ("_bucket", "_sum", "_count")}
     names, labels = names_and_labels(expression)
-    assert names or "up{" in expression or "job_class:" in expression
+    assert names or "up{" in expression or any(rule["record"] in expression for rule in ALERTS if "record" in rule)
     assert names <= {*known, *suffixed}
-    # Prometheus's own, and what every sample has under CONVMIXER_PROCESSES (telemetry/siblings)
-    given = {"instance", "job", "le", "process"}.union(*(labels_of(known[suffixed.get(name, name)]) for name in names))
+    # Prometheus's own, what every sample has under CONVMIXER_PROCESSES (telemetry/siblings), and a cluster's
+    given = {"instance", "job", "le", "process", "pod"}.union(*(labels_of(known[suffixed.get(name, name)]) for name in names))
     assert labels <= given
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed (Debian: apt install haproxy)")
+def test_haproxy_tells_how_many_replicas_it_uses():
+    ports = {name: f"127.0.0.1:{free_port()}" for name in ("BIND", "BIND_OPERATORS", "DNS")}
+    command = ["haproxy", "-db", "-f", str(ROOT / "deploy" / "haproxy" / "haproxy.cfg")]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    patient = httpx.HTTPTransport(retries=8)
+    with subprocess.Popen(command, env=os.environ | ports, **silent) as process, httpx.Client(transport=patient) as asking:
+        try:
+            text = asking.get(f"http://{ports['BIND_OPERATORS']}/metrics", timeout=TIMEOUT_S).text
+        finally:
+            process.kill()
+    (found,) = [family for family in text_string_to_metric_families(text) if family.name == HAPROXYS.name]
+    assert [(sample.name, sample.labels, sample.value) for sample in found.samples] == [
+        (HAPROXYS.name, {"proxy": "replicas"}, 0)  # there is no name server
+    ]
 
 
 def test_every_alert_says_what_to_do():
