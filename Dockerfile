@@ -42,9 +42,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1
 USER 10001:10001
 EXPOSE 8000
-# http.client and not urllib.request: an http_proxy in the environment is not for this
+# http.client and not urllib.request: an http_proxy in the environment is not for this. Whoever connects to 0.0.0.0 or :: reaches
+# its own machine
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
-    CMD ["python", "-Ic", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=2); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
+    CMD ["python", "-Ic", "import http.client as h, os; e = os.environ.get; c = h.HTTPConnection(e('CONVMIXER_HOST', '127.0.0.1'), e('CONVMIXER_PORT', '8000'), timeout=2); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
 # tini passes SIGTERM on and takes in the dead processes that a process 1 inherits, e.g. of a health check that timed out
 ENTRYPOINT ["tini", "--"]
 CMD ["convmixer", "serve"]
