@@ -7,6 +7,8 @@ input gradients and results (to rounding) are the library's. Figures: docs/decis
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.convmixer import ConvMixer, ConvMixerBlock
+
+
+@functools.cache
+def available() -> bool:
+    """Whether torch.compile works here; it needs more than a C++ compiler, e.g. Python's headers."""
+    try:
+        _depthwise_weight_gradient(torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 4, 4), 3)
+    except Exception as error:  # whatever it is: the library's gradient needs no compiler
+        print(f"torch.compile does not work here; the library's gradients are used: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def use_fast_weight_gradients(model: ConvMixer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from training.errors import DataError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
 _HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
 
 
@@ -64,17 +65,18 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
     Args:
         source: a folder with one sub-folder per class, or with `train/` and `test/` that hold such folders; None for
             CIFAR-10, downloaded by torchvision to `data/torchvision` on first use.
-        split: `train` or `test`; ignored for a folder that has neither sub-folder.
+        split: `train` or `test`; ignored for a folder that has neither, or has one of them as a class.
         image_size: side S that every image is brought to.
 
     Raises:
-        DataError: the folder is missing, empty, has one class only, or holds an unreadable image.
+        DataError: the folder is missing, empty, has one class only, or holds an unreadable image, or one of `train/` and `test/`
+            is missing.
     """
     if source is None:
         return _load_cifar10(Path("data/torchvision"), split, image_size)
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; --data takes a folder with one sub-folder per class")
-    return _load_folder(source / split if (source / split).is_dir() else source, image_size)
+    return _load_folder(_folder_of(source, split), image_size)
 
 
 def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
@@ -142,17 +144,26 @@ def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:
     return ImageSet(images, torch.tensor(source.targets), list(source.classes), native if native < image_size else None)
 
 
+def _folder_of(source: Path, split: str) -> Path:
+    splits = [folder for folder in (source / "train", source / "test") if folder.is_dir()]
+    if len(splits) == 1 and not any(path.is_dir() for path in splits[0].iterdir()):
+        return source  # a class with that name
+    if splits and source / split not in splits:
+        raise DataError(f"{source / split} is missing beside {splits[0]}")
+    return source / split if splits else source
+
+
 def _load_folder(folder: Path, image_size: int) -> ImageSet:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{folder} must hold one sub-folder per class, at least two; found {found}")
-    files = [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    present = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
+    files = [(path, label) for path, label in present if path.suffix.lower() in IMAGE_SUFFIXES]
+    others = [path for path, _ in present if path.suffix.lower() not in IMAGE_SUFFIXES and path.is_file()]
+    if passed_over := Counter(path.suffix for path in others):
+        counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in passed_over.most_common())
+        print(f"{folder}: files passed over, because such are not read: {counts}", file=sys.stderr)
     empty = set(range(len(classes))) - {label for _, label in files}
     if empty:
         raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convmixer import ConvMixer, ConvMixerBlock, PatchEmbedding
-from training.convolution import use_fast_weight_gradients
+from training import convolution
 from training.kernels import DTYPES, VECTOR, Kernels, available, keep_freed_memory
 
 
@@ -29,8 +29,8 @@ def use_cpu_kernels(model: ConvMixer, processes: int) -> None:
     """
     if processes == 1 and use_fused_blocks(model):
         return
-    if model.config.kernel_size % 2 and shutil.which("c++"):
-        use_fast_weight_gradients(model)
+    if model.config.kernel_size % 2 and shutil.which("c++") and convolution.available():
+        convolution.use_fast_weight_gradients(model)
 
 
 def use_fused_blocks(model: ConvMixer) -> bool:

@@ -26,6 +26,8 @@ from training.figures import finish
 
 _COLOR = "#2563eb"
 _MUTED = "#94a3b8"
+_MOST_NAMED_CLASSES = 40
+"""Of more the confusion matrix shows colours alone, at the same size: with a thousand it would take gigabytes."""
 
 
 def write_card(
@@ -98,17 +100,19 @@ def draw_confusion(evaluation: dict[str, Any], classes: list[str], path: Path) -
     """Confusion matrix in percent of the true class."""
     confusion = evaluation["confusion"]
     shares = [[100 * value / max(1, sum(row)) for value in row] for row in confusion]
-    side = 1.6 + 0.45 * len(classes)
+    few = len(classes) <= _MOST_NAMED_CLASSES
+    side = 1.6 + 0.45 * min(len(classes), _MOST_NAMED_CLASSES)
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
     # the diagonal would drown the mistakes, so colour ends at the largest mistake
     worst = max(shares[i][j] for i in range(len(classes)) for j in range(len(classes)) if i != j)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=max(worst, 1.0) * 1.5)
     for i, row in enumerate(shares):
         for j, value in enumerate(row):
-            if value >= 0.05:
+            if few and value >= 0.05:
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white" if i == j else "black")
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title=f"% of each true class ({evaluation['images']:,} test images)")
     finish(figure, path)
 

@@ -28,9 +28,10 @@ class Runtime:
 
     @classmethod
     def detect(cls, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
-        """The fastest safe choice here: CUDA with bf16, a CPU with bf16 only where its hardware computes in it."""
+        """The fastest safe choice here: bf16 where the hardware computes in it, else fp16 on a GPU and float32 on a CPU."""
         if torch.cuda.is_available():
-            return cls("cuda", "bf16", compile, tensorboard)
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return cls("cuda", "bf16" if has_bf16 else "fp16", compile, tensorboard)
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return cls("cpu", "bf16" if has_bf16 else "float32", compile, tensorboard)
 

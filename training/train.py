@@ -279,9 +279,10 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 
 def _divergence(what: str, config: TrainConfig, path: Path) -> DivergenceError:
     kept = f"{path} is from before it" if path.exists() else "nothing was saved before it"
-    return DivergenceError(
-        f"{what}; {kept}. Start anew in another --output with a smaller learning rate, e.g. --set lr={config.lr / 2:g}"
-    )
+    smaller = f"--set lr={config.lr / 2:g}"
+    if config.optimizer == "muon":
+        smaller += f" --set muon_lr={config.muon_lr / 2:g}"
+    return DivergenceError(f"{what}; {kept}. Start anew in another --output with a smaller learning rate, e.g. {smaller}")
 
 
 @contextlib.contextmanager

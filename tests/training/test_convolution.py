@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.convmixer import ConvMixer, ConvMixerConfig
-from training.convolution import use_fast_weight_gradients
+from training.convolution import available, use_fast_weight_gradients
+from training.fused import use_cpu_kernels
 
 Gradients = dict[str, torch.Tensor]
 
@@ -77,3 +78,18 @@ def test_names_values_and_evaluation_stay_as_they_are(images: torch.Tensor) -> N
     with torch.inference_mode():
         assert torch.equal(fast.eval()(images), plain.eval()(images))
     assert type(copy.deepcopy(fast).blocks[0].depthwise) is type(fast.blocks[0].depthwise)
+
+
+def test_where_torch_compile_fails_the_library_trains(images: torch.Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    """As without Python's headers, or where nothing in /tmp may be executed."""
+    net = ConvMixer(ConvMixerConfig(hidden_dim=16, depth=1, kernel_size=3, patch_size=2, norm="layernorm"))
+    torch._dynamo.reset()
+    available.cache_clear()
+    try:
+        with torch._inductor.config.patch({"force_disable_caches": True, "cpp.cxx": ("/no/such/compiler",)}):
+            use_cpu_kernels(net, processes=1)
+        assert "torch.compile does not work here" in capsys.readouterr().err
+        assert type(net.blocks[0].depthwise) is torch.nn.Conv2d
+        gradients(net, images, torch.float32)
+    finally:
+        available.cache_clear()

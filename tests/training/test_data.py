@@ -63,6 +63,28 @@ def test_train_and_test_sub_folders(tmp_path: Path) -> None:
     assert len(together) == 40
 
 
+def test_one_of_the_two_sub_folders_is_missing(tmp_path: Path) -> None:
+    shutil.copytree(CIFAR10 / "cat", tmp_path / "train" / "cat")
+    shutil.copytree(CIFAR10 / "dog", tmp_path / "train" / "dog")
+    assert load_images(tmp_path, "train", 32).classes == ["cat", "dog"]
+    with pytest.raises(DataError, match=r"/test is missing beside .*/train"):
+        load_images(tmp_path, "test", 32)
+
+
+def test_a_class_may_be_named_train(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog")
+    (folder / "cat").rename(folder / "train")
+    assert load_images(folder, "train", 32).classes == load_images(folder, "test", 32).classes == ["dog", "train"]
+
+
+def test_what_is_not_read_is_counted(folder_of: FolderOf, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of("cat", "dog")
+    for name in ("cat/1.heic", "cat/2.heic", "dog/notes"):
+        (folder / name).write_bytes(b"")
+    assert len(load_images(folder, "train", 32)) == 40
+    assert "files passed over, because such are not read: 2 .heic, 1 without suffix" in capsys.readouterr().err
+
+
 def test_nested_folders_upper_case_and_strangers(folder_of: FolderOf) -> None:
     folder = folder_of("cat", "dog")
     deep = folder / "cat" / "2024" / "march"
