@@ -15,9 +15,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from http.client import HTTPException
 
 OPERATORS = os.environ.get("PUBLISH_OPERATORS", "127.0.0.1:8404")
 TIMEOUT_S = 120
+_POLL_S = 0.2
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an http_proxy in the environment is not for this
 
 
 def main() -> None:
@@ -27,6 +30,7 @@ def main() -> None:
     old = _run(*compose, "ps", "-q", "replica").split()
     if not old:
         sys.exit("no replica runs; start some: docker compose --profile scale up -d --scale replica=2 proxy")
+    _check_room(len(old) + 1)
     for number, container in enumerate(old, start=1):
         _run(*compose, "up", "-d", "--no-recreate", "--scale", f"replica={len(old) + 1}", "replica")
         _wait_until_up(len(old) + 1)
@@ -47,12 +51,33 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def _check_room(count: int) -> None:
+    """Ends the program, before any replica is touched, if HAProxy would not find so many replicas, or cannot be asked."""
+    try:
+        room = len(_replicas(OPERATORS))
+    except (OSError, HTTPException) as error:
+        sys.exit(f"HAProxy does not answer at {OPERATORS} (PUBLISH_OPERATORS): {error}")
+    if room < count:
+        sys.exit(
+            f"HAProxy has room for {room} replicas, and an update needs one more than the {count - 1} that run: "
+            "stop one, or raise the number of `server-template` in deploy/haproxy/haproxy.cfg"
+        )
+
+
 def _wait_until_up(count: int) -> None:
     give_up = time.monotonic() + TIMEOUT_S
-    while (found := replicas_up(OPERATORS)) < count:
+    while True:
+        try:
+            found = replicas_up(OPERATORS)
+        except (OSError, HTTPException) as error:  # it may be starting anew
+            seen = f"HAProxy does not answer at {OPERATORS} ({error})"
+        else:
+            if found >= count:
+                return
+            seen = f"HAProxy sees {found} of {count} replicas"
         if time.monotonic() > give_up:
-            sys.exit(f"HAProxy sees {found} of {count} replicas after {TIMEOUT_S} s: docker compose logs replica")
-        time.sleep(0.2)
+            sys.exit(f"{seen} after {TIMEOUT_S} s: docker compose logs replica proxy")
+        time.sleep(_POLL_S)
 
 
 def replicas_up(operators: str) -> int:
@@ -63,13 +88,16 @@ def replicas_up(operators: str) -> int:
 
     Raises:
         OSError: HAProxy does not answer.
+        HTTPException: its answer breaks off.
     """
-    with urllib.request.urlopen(f"http://{operators}/;csv", timeout=10) as answer:
+    return sum(row["status"] == "UP" and row["check_status"] == "L7OK" for row in _replicas(operators))
+
+
+def _replicas(operators: str) -> list[dict[str, str]]:
+    """HAProxy's rows of all replicas that there may be (`server-template`)."""
+    with _direct.open(f"http://{operators}/;csv", timeout=10) as answer:
         rows = csv.DictReader(io.StringIO(answer.read().decode().removeprefix("# ")))
-    return sum(
-        row["pxname"] == "replicas" and row["svname"] != "BACKEND" and row["status"] == "UP" and row["check_status"] == "L7OK"
-        for row in rows
-    )
+    return [row for row in rows if row["pxname"] == "replicas" and row["svname"] != "BACKEND"]
 
 
 if __name__ == "__main__":
