@@ -31,6 +31,7 @@ from tests.server import ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "observability"
+DEPLOYMENT = ROOT / "docs" / "deployment.md"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "convmixer.json").read_text())
 ALERTS = [rule for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 QUERIES = {
@@ -250,6 +251,15 @@ def test_every_alert_says_what_to_do():
         file, _, anchor = rule["annotations"]["runbook"].partition("#")
         assert file == "docs/observability.md"
         assert anchor in anchors
+
+
+def test_the_alerts_become_a_kind_of_kubernetes_as_the_documentation_says():
+    (command,) = re.findall(r"^(\{ printf .*\| kubectl apply -f -)$", DEPLOYMENT.read_text(), re.MULTILINE | re.DOTALL)
+    script = f"kubectl() {{ cat; }}\n{command}"
+    done = subprocess.run(["bash", "-ec", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = yaml.safe_load(done.stdout)
+    assert (found["kind"], found["metadata"]["name"]) == ("PrometheusRule", "convmixer")
+    assert found["spec"] == yaml.safe_load((DEPLOY / "alerts.yml").read_text())
 
 
 def test_compose_starts_only_the_classifier_unless_asked():
