@@ -119,6 +119,10 @@ def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, sam
     while not re.search(r"process \d+ ended with 3; it is replaced", server.log):
         assert time.monotonic() < give_up, server.log
         assert classify(url, samples[0].data) == samples[0].label
+    # nobody ever scrapes what does not start: its parent counts it
+    while (told := parents(httpx.get(f"{url}/metrics").text))["convmixer_process_replacements_total"] < 2:
+        assert time.monotonic() < give_up, server.log
+    assert told["convmixer_processes"] == 2 > len(processes(url))
     shutil.copy(artifact_path, model)
     while first in (found := both(url)):
         assert time.monotonic() < give_up, server.log
