@@ -6,7 +6,6 @@ The web application and the command line's local `classify` share it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import TYPE_CHECKING
 
@@ -87,7 +86,7 @@ class Service:
             self.session.provider,
             self.scheduler.workers,
             self.scheduler.max_batch,
-            self.calibration.batch_ms.get(1, math.nan),
+            self.calibration.batch_ms[1],
             self.calibration.seconds * 1000,
         )
 

@@ -90,7 +90,9 @@ class Settings(BaseModel):
     cors_origins: str | None = Field(
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe messages logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe messages logged; not of access lines."
+    )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Log lines as JSON objects or as text; `auto`: text if standard error is a terminal."
     )

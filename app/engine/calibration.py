@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from app.engine.session import Session
+from app.errors import StartupError
 
 CURVE_S = 0.06
 """Aimed at for the curve; a first pass over the batch sizes is always made."""
@@ -43,22 +44,22 @@ class Calibration:
     Attributes:
         workers: inference threads.
         max_batch: largest batch.
-        batch_ms: duration of a batch by its size while every worker has one, in milliseconds.
+        batch_ms: duration of a batch by its size while every worker has one, in milliseconds; of the operator's size and of one
+            image if the operator has decided.
         images_s: images a second by number of workers side by side, in batches of `max_batch`; empty if there was no choice.
         seconds: what measuring took.
     """
 
     workers: int
     max_batch: int
-    batch_ms: dict[int, float] = field(default_factory=dict)
+    batch_ms: dict[int, float]
     images_s: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
-    def image_s(self) -> float | None:
-        """Seconds of a worker that an image takes in the largest batch, while every worker has one; None if not measured."""
-        milliseconds = self.batch_ms.get(self.max_batch)
-        return None if milliseconds is None else milliseconds / self.max_batch / 1000
+    def image_s(self) -> float:
+        """Seconds of a worker that an image takes in the largest batch, while every worker has one."""
+        return self.batch_ms[self.max_batch] / self.max_batch / 1000
 
 
 def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int = 0) -> Calibration:
@@ -69,18 +70,28 @@ def calibrate(session: Session, cores: int, *, workers: int = 0, max_batch: int 
         cores: this process may use.
         workers: decided by the operator; 0 to measure.
         max_batch: decided by the operator; 0 to measure.
+
+    Raises:
+        StartupError: the operator's batch takes too long.
     """
     begin = time.perf_counter()
     # on a GPU one worker computes and one more decodes and copies meanwhile
     most = workers or (min(2, cores) if session.provider == "cuda" else cores)
-    batch_ms: dict[int, float] = {}
-    if not max_batch:
+    if max_batch:
+        batch_ms = {size: most * size / _throughput(session, most, size, THROUGHPUT_S) * 1000 for size in (1, max_batch)}
+        if max_batch > 1 and batch_ms[max_batch] > _LONGEST_BATCH_MS:
+            most_images = max(1, int(_LONGEST_BATCH_MS * max_batch / batch_ms[max_batch]))
+            raise StartupError(
+                f"a batch of CONVMIXER_MAX_BATCH={max_batch} images takes {batch_ms[max_batch] / 1000:.1f} s here; whoever comes "
+                f"next waits for it, and soon the engine is taken for hung; set it to {most_images} at most, or leave it out"
+            )
+    else:
         batch_ms = _latency_curve(session, 1 if session.provider == "cuda" else most, begin + CURVE_S)
         max_batch = _best_batch(batch_ms)
     images_s: dict[int, float] = {}
     if not workers and most > 1:
         images_s = {count: _throughput(session, count, max_batch, THROUGHPUT_S) for count in {1, most // 2}}
-        if batch_ms and session.provider != "cuda":  # the curve has it
+        if session.provider != "cuda":  # the curve has it
             images_s[most] = most * max_batch / batch_ms[max_batch] * 1000
         else:
             images_s[most] = _throughput(session, most, max_batch, THROUGHPUT_S)

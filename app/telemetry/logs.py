@@ -9,7 +9,6 @@ import select
 import sys
 import threading
 from collections import deque
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -105,7 +104,10 @@ class BackgroundHandler(logging.Handler):
             self._urgent.wait(self._GATHER_S)
             self._urgent.clear()
             self._some.clear()
-            self._write("".join(self._lines()).encode(errors="backslashreplace"))
+            untold = self._dropped
+            lines = self._lines()
+            if not self._write("".join(lines).encode(errors="backslashreplace")):
+                self._dropped += untold + len(lines) - bool(untold)
 
     def _lines(self) -> list[str]:
         lines = []
@@ -117,17 +119,19 @@ class BackgroundHandler(logging.Handler):
             except Exception:  # a wrong format string must not end the log
                 self.handleError(record)
         if dropped:
-            text = "%d log lines were dropped: what reads the log is slower than what writes it"
+            text = "%d log lines were lost: what reads the log is slower than what writes it, or could not take them"
             lines.append(self.format(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (dropped,), None)) + "\n")
         return lines
 
-    def _write(self, data: bytes) -> None:
-        with suppress(OSError):  # nobody reads any more
-            while data:
-                try:
-                    data = data[os.write(self.descriptor, data) :]
-                except BlockingIOError:
-                    select.select((), (self.descriptor,), ())
+    def _write(self, data: bytes) -> bool:
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except BlockingIOError:
+                select.select((), (self.descriptor,), ())
+            except OSError:  # nobody reads any more, or the disk is full, which may pass
+                return False
+        return True
 
 
 class AccessLog:

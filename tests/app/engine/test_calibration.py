@@ -5,6 +5,7 @@ import pytest
 from app.engine.artifact import read_verified
 from app.engine.calibration import _best_batch, _best_workers, calibrate
 from app.engine.session import Session
+from app.errors import StartupError
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,14 @@ def test_measures_this_machine(session):
 def test_the_operators_word_counts(session):
     assert calibrate(session, cores=8, workers=3, max_batch=5).workers == 3
     found = calibrate(session, cores=1, max_batch=5)
-    assert (found.workers, found.max_batch, found.batch_ms) == (1, 5, {})
+    assert (found.workers, found.max_batch) == (1, 5)
+    assert found.batch_ms.keys() == {1, 5}
     assert found.images_s == {}, "one core leaves no choice, and a start no time to measure it"
+
+
+def test_a_batch_that_would_look_like_a_hang_is_refused(session):
+    with pytest.raises(StartupError, match=r"CONVMIXER_MAX_BATCH=1024 images takes .* s here; .* set it to \d+ at most"):
+        calibrate(session, cores=1, max_batch=1024)
 
 
 def test_the_largest_batch_that_is_as_good_as_the_best():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -73,9 +74,26 @@ def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(
     handler.close()
     entries = [json.loads(line) for line in received.decode().splitlines()]
     written = [entry for entry in entries if entry["logger"] == "app.test"]
-    missed = [int(entry["message"].split()[0]) for entry in entries if "were dropped" in entry["message"]]
+    missed = [int(entry["message"].split()[0]) for entry in entries if "were lost" in entry["message"]]
     assert sum(missed) > 0
     assert len(written) - 1 + sum(missed) == lines
+
+
+def test_lines_that_a_full_disk_did_not_take_are_counted(tmp_path):
+    path, descriptor = tmp_path / "log", os.open("/dev/full", os.O_WRONLY)
+    handler = BackgroundHandler(descriptor)
+    for _ in range(3):
+        handler.handle(record("lost", level=logging.WARNING))
+    while handler._waiting or handler._dropped < 3:
+        time.sleep(0.01)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), descriptor)  # there is room again
+    handler.handle(record("kept", level=logging.WARNING))
+    handler.close()
+    os.close(descriptor)
+    kept, lost = path.read_text().splitlines()
+    assert kept == "kept"
+    assert lost.startswith("3 log lines were lost")
 
 
 def test_what_waits_at_the_end_is_written(pipe):
