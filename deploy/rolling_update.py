@@ -55,7 +55,7 @@ def _check_room(count: int) -> None:
     """Ends the program, before any replica is touched, if HAProxy would not find so many replicas, or cannot be asked."""
     try:
         room = len(_replicas(OPERATORS))
-    except (OSError, HTTPException) as error:
+    except OSError as error:
         sys.exit(f"HAProxy does not answer at {OPERATORS} (PUBLISH_OPERATORS): {error}")
     if room < count:
         sys.exit(
@@ -69,7 +69,7 @@ def _wait_until_up(count: int) -> None:
     while True:
         try:
             found = replicas_up(OPERATORS)
-        except (OSError, HTTPException) as error:  # it may be starting anew
+        except OSError as error:  # it may be starting anew
             seen = f"HAProxy does not answer at {OPERATORS} ({error})"
         else:
             if found >= count:
@@ -87,16 +87,19 @@ def replicas_up(operators: str) -> int:
         operators: host and port of HAProxy's statistics.
 
     Raises:
-        OSError: HAProxy does not answer.
-        HTTPException: its answer breaks off.
+        OSError: HAProxy does not answer, or not to the end.
     """
     return sum(row["status"] == "UP" and row["check_status"] == "L7OK" for row in _replicas(operators))
 
 
 def _replicas(operators: str) -> list[dict[str, str]]:
     """HAProxy's rows of all replicas that there may be (`server-template`)."""
-    with _direct.open(f"http://{operators}/;csv", timeout=10) as answer:
-        rows = csv.DictReader(io.StringIO(answer.read().decode().removeprefix("# ")))
+    try:
+        with _direct.open(f"http://{operators}/;csv", timeout=10) as answer:
+            text = answer.read().decode()
+    except HTTPException as error:
+        raise ConnectionError(f"its answer broke off: {error!r}") from error
+    rows = csv.DictReader(io.StringIO(text.removeprefix("# ")))
     return [row for row in rows if row["pxname"] == "replicas" and row["svname"] != "BACKEND"]
 
 
