@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -111,6 +111,12 @@ def classify(
     files_from: Annotated[str | None, typer.Option(help="File with the paths, one a line; `-`: standard input.")] = None,
     url: Annotated[str | None, typer.Option(help="Ask the server there instead of computing here.")] = None,
     api_key_file: KeyOption = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="With --url: requests under way at once; 1 for a slow line. Default: 4.")
+    ] = None,
+    deadline_s: Annotated[
+        float | None, typer.Option(min=0.001, max=3600, help="With --url: seconds for a request with its retries. Default: 60.")
+    ] = None,
     model: ModelOption = None,
     top_k: Annotated[int, typer.Option(min=1, max=1000, help="Classes listed in JSON and Parquet.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines: one object an image.")] = False,
@@ -133,6 +139,7 @@ def classify(
     _require(not (parquet and output), "--parquet names its own file; leave --output out")
     _require(not (url and model), "--model is for this machine; the server at --url has its own")
     _require(bool(url) or not api_key_file, "--api-key-file is for --url")
+    _require(bool(url) or not (concurrency or deadline_s), "--concurrency and --deadline-s are for --url")
     _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
     _require(files_from in {None, STDIN} or Path(files_from or "").exists(), f"--files-from: {files_from} does not exist")
     _require(not files_from or not Path(files_from).is_dir(), f"--files-from: {files_from} is a folder; give it as PATHS")
@@ -149,7 +156,9 @@ def classify(
     begin, done, failed = time.monotonic(), 0, 0
     with ExitStack() as stack:
         if url:
-            client = stack.enter_context(_open_client(url, _read_key(api_key_file)))
+            client = stack.enter_context(
+                _open_client(url, _read_key(api_key_file), concurrency=concurrency, deadline_s=deadline_s)
+            )
             client.model()  # a wrong address is known at once, not after the first image's deadline
             rows = classify_there(client, files(), top_k)
         else:
@@ -255,11 +264,11 @@ def _read_key(path: Path | None) -> str | None:
     return path.read_text().strip() if path else None
 
 
-def _open_client(url: str, api_key: str | None) -> Client:
+def _open_client(url: str, api_key: str | None, **options: Any) -> Client:
     from app.client import Client
 
     try:
-        return Client(url, api_key=api_key)
+        return Client(url, api_key=api_key, **{name: value for name, value in options.items() if value is not None})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

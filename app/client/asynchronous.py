@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Self
 
 import httpx
 
-from app.client.answers import ClassificationError, Health, Model, Prediction, RequestFailed, Unreachable
+from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
 from app.client.exchange import (
     BATCH_SIZE,
     CONCURRENCY,
@@ -28,6 +27,7 @@ from app.client.exchange import (
     exchange,
     read_health,
     read_model,
+    reason_of,
 )
 from app.client.images import Batch, ImageInput, Picture, encode, filename_of, load
 
@@ -67,8 +67,8 @@ class AsyncClient:
         """Classifies one image; arguments and failures as those of `Client.classify`."""
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         data = await asyncio.to_thread(encode, image)
-        (result,) = await self._carry_out(exchange([Picture(0, filename_of(image), data)], wanted))
-        if isinstance(result, RequestFailed):
+        (result,) = await self.carry_out(exchange([Picture(0, filename_of(image), data)], wanted))
+        if isinstance(result, ClientError):
             raise result
         return result
 
@@ -81,46 +81,69 @@ class AsyncClient:
         deadline_s: float | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> AsyncIterator[Prediction | ClassificationError]:
-        """Classifies any number of images; arguments, order and failures as those of `Client.classify_many`."""
+        """Classifies any number of images; arguments, order and failures as those of `Client.classify_many`.
+
+        `images` is iterated in a task of its own, so answers are given on while it is waited for.
+        """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         return self._stream(images, wanted, on_progress or (lambda done: None))
 
     async def _stream(
         self, images: Iterable[ImageInput] | AsyncIterable[ImageInput], wanted: Wanted, on_progress: Callable[[int], None]
     ) -> AsyncIterator[Prediction | ClassificationError]:
-        in_flight: deque[tuple[Batch, asyncio.Task[Results]]] = deque()
-        under_way = asyncio.Semaphore(self._concurrency)
-        done = 0
+        in_flight: asyncio.Queue[tuple[Batch, asyncio.Task[Results]] | None] = asyncio.Queue()
+        tasks: set[asyncio.Task[Results]] = set()
+        # as many wait as are under way: there is work while the caller looks at results
+        places, under_way = asyncio.Semaphore(2 * self._concurrency), asyncio.Semaphore(self._concurrency)
 
-        async def classify_batch(batch: Batch) -> Results:
-            pictures = batch.pictures()
-            async with under_way:
-                return await self._carry_out(exchange(pictures, wanted)) if pictures else []
+        async def read() -> None:
+            """In a task of its own: answers are given on while the source is waited for."""
+            source = _batches(images, self._batch_size)
+            try:
+                while await places.acquire() and (batch := await anext(source, None)):
+                    task = asyncio.create_task(self.classify_batch(batch, wanted, under_way))
+                    tasks.add(task)
+                    in_flight.put_nowait((batch, task))
+            finally:
+                in_flight.put_nowait(None)
+                await source.aclose()
 
-        async def oldest() -> list[Prediction | ClassificationError]:
-            nonlocal done
-            batch, task = in_flight[0]
-            results = batch.merge(await task)
-            in_flight.popleft()
-            done += len(results)
-            on_progress(done)
-            return results
-
+        reading = asyncio.create_task(read())
         try:
-            async for batch in _batches(images, self._batch_size):
-                in_flight.append((batch, asyncio.create_task(classify_batch(batch))))
-                if len(in_flight) >= 2 * self._concurrency:
-                    for result in await oldest():
-                        yield result
-            while in_flight:
-                for result in await oldest():
+            done = 0
+            while entry := await in_flight.get():
+                batch, task = entry
+                results = batch.merge(await task)
+                tasks.discard(task)
+                places.release()
+                done += len(results)
+                on_progress(done)
+                for result in results:
                     yield result
+            await reading  # raises what the source has raised
         finally:
-            for _, task in in_flight:
-                task.cancel()
-            await asyncio.gather(*(task for _, task in in_flight), return_exceptions=True)
+            for pending in (reading, *tasks):
+                pending.cancel()
+            await asyncio.gather(reading, *tasks, return_exceptions=True)
 
-    async def _carry_out(self, steps: Exchange) -> Results:
+    async def classify_batch(self, batch: Batch, wanted: Wanted, under_way: asyncio.Semaphore) -> Results:
+        """One request of `classify_many`, when it is its turn.
+
+        Args:
+            batch: images; those that cannot be sent are left out.
+            wanted: parameters.
+            under_way: as many as requests may be under way.
+        """
+        pictures = batch.pictures()
+        async with under_way:
+            return await self.carry_out(exchange(pictures, wanted)) if pictures else []
+
+    async def carry_out(self, steps: Exchange) -> Results:
+        """Does what an exchange asks for, within its times.
+
+        Args:
+            steps: an `exchange`.
+        """
         reply: Reply = None
         while True:
             try:
@@ -154,7 +177,7 @@ class AsyncClient:
         try:
             return await self._http.get(path, timeout=PROBE_TIMEOUT_S)
         except httpx.TransportError as error:
-            raise Unreachable(f"no answer from {self._http.base_url}: {error or type(error).__name__}") from error
+            raise Unreachable(f"no answer from {self._http.base_url}: {reason_of(error)}") from error
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -167,15 +190,20 @@ class AsyncClient:
         await self.aclose()
 
 
-async def _batches(images: Iterable[ImageInput] | AsyncIterable[ImageInput], size: int) -> AsyncIterator[Batch]:
+async def _batches(images: Iterable[ImageInput] | AsyncIterable[ImageInput], size: int) -> AsyncGenerator[Batch]:
     """`images.batches` for both kinds of iterables; each image is encoded before the next is asked for."""
     batch, index = Batch(), 0
-    async for image in images if isinstance(images, AsyncIterable) else _each(images):
-        batch.add(load(index, image) if isinstance(image, bytes) else await asyncio.to_thread(load, index, image))
-        index += 1
-        if batch.is_full(size):
+    try:
+        async for image in images if isinstance(images, AsyncIterable) else _each(images):
+            batch.add(load(index, image) if isinstance(image, bytes) else await asyncio.to_thread(load, index, image))
+            index += 1
+            if batch.is_full(size):
+                yield batch
+                batch = Batch()
+    except Exception:
+        if batch.entries:
             yield batch
-            batch = Batch()
+        raise
     if batch.entries:
         yield batch
 

@@ -1,36 +1,25 @@
-"""The client for threads."""
+"""The client for threads: the one for asyncio, in an event loop of its own.
+
+With sockets that block, a deadline would hold for every piece of a request alone: httpx gives it anew to each address of the
+host, each piece that is sent and each that comes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
-import httpx
-
-from app.client.answers import ClassificationError, Health, Model, Prediction, RequestFailed, Unreachable
-from app.client.exchange import (
-    BATCH_SIZE,
-    CONCURRENCY,
-    DEADLINE_S,
-    NO_LIMITS,
-    PROBE_TIMEOUT_S,
-    Exchange,
-    Pause,
-    Reply,
-    Results,
-    Wanted,
-    authorization,
-    check_deadline,
-    check_url,
-    exchange,
-    read_health,
-    read_model,
-)
+from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
+from app.client.asynchronous import AsyncClient
+from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_deadline, exchange
 from app.client.images import Batch, ImageInput, Picture, batches, encode, filename_of
+
+T = TypeVar("T")
 
 
 class Client:
@@ -58,9 +47,12 @@ class Client:
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
         self._batch_size, self._concurrency = batch_size, concurrency
-        self._http = httpx.Client(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="convmixer-client")
-        self._closed = threading.Event()
+        self._client = AsyncClient(url, api_key=api_key)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="convmixer-client", daemon=True)
+        self._thread.start()
+        self._closing = threading.Lock()
+        self._closed = False
 
     def classify(
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
@@ -84,8 +76,8 @@ class Client:
             ValueError: an array has another shape or type, a parameter is out of range.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        (result,) = self._carry_out(exchange([Picture(0, filename_of(image), encode(image))], wanted))
-        if isinstance(result, RequestFailed):
+        (result,) = self._run(self._client.carry_out(exchange([Picture(0, filename_of(image), encode(image))], wanted)))
+        if isinstance(result, ClientError):
             raise result
         return result
 
@@ -100,7 +92,8 @@ class Client:
     ) -> Iterator[Prediction | ClassificationError]:
         """Classifies any number of images, several requests at once.
 
-        `images` is consumed as answers are, never much ahead of them, so it may be a generator without end.
+        `images` is consumed as answers are, never much ahead of them, so it may be a generator without end. While it is waited
+        for, no answer is given on: of a live stream, each comes with the next image (of `AsyncClient`, at once).
 
         Args:
             images: as for `classify`.
@@ -113,7 +106,8 @@ class Client:
             A `Prediction` for each image, or a `ClassificationError` in its place, in the order given.
 
         Raises:
-            Unreachable: the service gave no answer for a whole deadline. (While iterating, as all below.)
+            Unreachable: the service gave no answer for a whole deadline. (While iterating, as all below. What `images` raises
+                comes after the results of all images before it.)
             RequestFailed: what would fail every image: a wrong key or parameter, or this is not the service.
             TypeError: one of `images` is no image at all.
             ValueError: a parameter is out of range.
@@ -125,51 +119,58 @@ class Client:
         self, images: Iterable[ImageInput], wanted: Wanted, on_progress: Callable[[int], None]
     ) -> Iterator[Prediction | ClassificationError]:
         in_flight: deque[tuple[Batch, Future[Results]]] = deque()
+        under_way = asyncio.Semaphore(self._concurrency)
+        failure: Exception | None = None
         done = 0
 
         def oldest() -> list[Prediction | ClassificationError]:
             nonlocal done
             batch, future = in_flight[0]
-            results = batch.merge(future.result())
+            results = batch.merge(self._wait(future))
             in_flight.popleft()
             done += len(results)
             on_progress(done)
             return results
 
         try:
-            for batch in batches(images, self._batch_size):
-                in_flight.append((batch, self._threads.submit(self._classify_batch, batch, wanted)))
-                # as many wait as are under way: the threads have work while the caller looks at results
-                if len(in_flight) >= 2 * self._concurrency:
+            source = batches(images, self._batch_size)
+            while True:
+                try:
+                    batch = next(source, None)
+                except Exception as error:
+                    failure = error
+                    break
+                if not batch:
+                    break
+                in_flight.append((batch, self._submit(self._client.classify_batch(batch, wanted, under_way))))
+                # as many wait as are under way: there is work while the caller looks at results
+                while in_flight and (in_flight[0][1].done() or len(in_flight) >= 2 * self._concurrency):
                     yield from oldest()
             while in_flight:
                 yield from oldest()
+            if failure:
+                raise failure
         finally:
             for _, future in in_flight:
                 future.cancel()
 
-    def _classify_batch(self, batch: Batch, wanted: Wanted) -> Results:
-        pictures = batch.pictures()
-        return self._carry_out(exchange(pictures, wanted)) if pictures else []
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._closing:  # or one that is submitted meanwhile would wait for a loop that has stopped
+            if self._closed:
+                coroutine.close()
+                raise Unreachable("the client was closed")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _carry_out(self, steps: Exchange) -> Results:
-        reply: Reply = None
-        while True:
-            try:
-                step = steps.send(reply)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            if isinstance(step, Pause):
-                reply = None
-                if self._closed.wait(step.seconds):
-                    raise Unreachable("the client was closed")
-                continue
-            try:
-                reply = self._http.post(
-                    "classify", content=step.content, headers=step.headers, params=step.params, timeout=step.timeout_s
-                )
-            except httpx.TransportError as error:
-                reply = error
+    def _wait(self, future: Future[T]) -> T:
+        try:
+            return future.result()
+        except CancelledError:
+            raise Unreachable("the client was closed") from None
+        finally:
+            future.cancel()  # if a signal, such as Ctrl-C, ended the wait
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._wait(self._submit(coroutine))
 
     def health(self) -> Health:
         """What the probes say, now; never tried again.
@@ -178,7 +179,7 @@ class Client:
             Unreachable: no answer.
             RequestFailed: this is not the service.
         """
-        return read_health(self._get("livez"), self._get("readyz"))
+        return self._run(self._client.health())
 
     def model(self) -> Model:
         """What is served, and how.
@@ -187,19 +188,27 @@ class Client:
             Unreachable: no answer.
             RequestFailed: this is not the service.
         """
-        return read_model(self._get("model"))
-
-    def _get(self, path: str) -> httpx.Response:
-        try:
-            return self._http.get(path, timeout=PROBE_TIMEOUT_S)
-        except httpx.TransportError as error:
-            raise Unreachable(f"no answer from {self._http.base_url}: {error or type(error).__name__}") from error
+        return self._run(self._client.model())
 
     def close(self) -> None:
         """Ends what is under way, without further tries, and closes the connections."""
-        self._closed.set()
-        self._threads.shutdown(cancel_futures=True)
-        self._http.close()
+
+        async def end() -> None:
+            pending = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            await self._client.aclose()
+
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
+        ended.result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def __enter__(self) -> Self:
         return self

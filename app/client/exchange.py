@@ -54,7 +54,13 @@ GRACE_S = 1.0
 NO_LIMITS = httpx.Limits(max_connections=None)
 """A request that waits for one of a hundred connections waits beyond its deadline, and the server knows nothing of it."""
 
-_RETRIED = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE}
+_RETRIED = {
+    HTTPStatus.REQUEST_TIMEOUT,  # it did not arrive in time: perhaps others had the line
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_TOO_LARGE = {HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT}
 _REJECTIONS = {"body_too_large", "image_too_large", "unsupported_image", "undecodable_image"}
 _KINDS: dict[int, type[RequestFailed]] = {
     HTTPStatus.UNAUTHORIZED: Unauthorized,
@@ -103,11 +109,13 @@ class Pause:
 
 
 Reply: TypeAlias = httpx.Response | httpx.TransportError | None
-Results: TypeAlias = list[Prediction | RequestFailed]
+Results: TypeAlias = list[Prediction | ClientError]
 Exchange: TypeAlias = Generator[Send | Pause, Reply, Results]
 
 
-def exchange(pictures: list[Picture], wanted: Wanted, end: float | None = None, refusals: int = 0) -> Exchange:
+def exchange(
+    pictures: list[Picture], wanted: Wanted, end: float | None = None, refusals: int = 0, *, answered: bool = False
+) -> Exchange:
     """Classifies the images of one batch, again and in halves if need be, until the deadline.
 
     Args:
@@ -115,12 +123,13 @@ def exchange(pictures: list[Picture], wanted: Wanted, end: float | None = None, 
         wanted: parameters.
         end: time.monotonic() of the deadline; None: `wanted.deadline_s` from the first request.
         refusals: attempts that failed already.
+        answered: whether one of them had an answer.
 
     Returns:
         A prediction or a failure for each image, in order.
 
     Raises:
-        Unreachable: no answer before the deadline.
+        Unreachable: no answer at all before the deadline.
         RequestFailed: what would fail every other image too: a wrong key or parameter, or this is not the service.
     """
     end = time.monotonic() + wanted.deadline_s if end is None else end
@@ -129,20 +138,21 @@ def exchange(pictures: list[Picture], wanted: Wanted, end: float | None = None, 
         outcome = _read(reply, pictures)
         if not isinstance(outcome, ClientError):
             return outcome
-        too_large = isinstance(outcome, RequestFailed) and outcome.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        answered = answered or isinstance(outcome, RequestFailed)
+        too_large = isinstance(outcome, RequestFailed) and outcome.status in _TOO_LARGE and len(pictures) > 1
         if isinstance(outcome, Unreachable) or (isinstance(outcome, RequestFailed) and outcome.status in _RETRIED):
             pause_s = _pause_s(refusals, outcome)
             if time.monotonic() + pause_s >= end:
-                return _give_up(outcome, pictures)
+                return _give_up(outcome, pictures, answered)
             refusals += 1
             yield Pause(pause_s)
-        elif not too_large or len(pictures) == 1:
-            return _give_up(outcome, pictures)
+        elif not too_large:
+            return _give_up(outcome, pictures, answered)
         if len(pictures) > 1 and (too_large or isinstance(outcome, Overloaded)):
-            # what does not fit as a whole may fit in halves, into a body limit as into the room left in a queue
+            # what does not fit as a whole may fit in halves: into a body limit, into the time for a body, into a queue
             middle = len(pictures) // 2
-            first = yield from exchange(pictures[:middle], wanted, end, refusals)
-            return first + (yield from exchange(pictures[middle:], wanted, end, refusals))
+            first = yield from exchange(pictures[:middle], wanted, end, refusals, answered=answered)
+            return first + (yield from exchange(pictures[middle:], wanted, end, refusals, answered=answered))
 
 
 def check_url(url: str) -> str:
@@ -185,6 +195,21 @@ def authorization(api_key: str | None) -> dict[str, str]:
         api_key: None: no header.
     """
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def reason_of(error: httpx.TransportError | None) -> str:
+    """Why there is no answer: what the system said of a connection, where httpx says only that none was made.
+
+    Args:
+        error: of httpx.
+    """
+    cause: BaseException | None = error
+    while cause := cause and (cause.__cause__ or cause.__context__):
+        if isinstance(cause, BaseExceptionGroup):  # of one error an address
+            cause = cause.exceptions[0]
+        if isinstance(cause, OSError) and cause.errno and cause.errno > 0:  # those of looking a name up are negative
+            return os.strerror(cause.errno)
+    return str(error) or type(error).__name__
 
 
 def read_health(livez: httpx.Response, readyz: httpx.Response) -> Health:
@@ -236,7 +261,7 @@ def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:
 
 def _read(reply: Reply, pictures: list[Picture]) -> Results | ClientError:
     if not isinstance(reply, httpx.Response):
-        return Unreachable(f"no answer: {reply or type(reply).__name__}")
+        return Unreachable(f"no answer: {reason_of(reply)}")
     body = _problem(reply)
     if reply.status_code != HTTPStatus.OK and "predictions" not in body:
         return _failure(reply, body)
@@ -298,13 +323,15 @@ def _pause_s(refusals: int, failure: ClientError) -> float:
     return backoff_s if told_s is None else max(backoff_s, told_s * random.uniform(1, 1.25))  # noqa: S311
 
 
-def _give_up(failure: ClientError, pictures: list[Picture]) -> Results:
+def _give_up(failure: ClientError, pictures: list[Picture], answered: bool) -> Results:
     """The failure in the place of each image, if other images may fare better.
 
     Raises:
         ClientError: if they will not.
     """
     if not isinstance(failure, RequestFailed):
+        if answered:  # the service is there, and answers for other images are under way
+            return [failure] * len(pictures)
         raise failure
     mine = failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR or failure.status in {
         HTTPStatus.REQUEST_TIMEOUT,

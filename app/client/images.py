@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from app.client.answers import ClassificationError, Prediction, RequestFailed
+from app.client.answers import ClassificationError, ClientError, Prediction, RequestFailed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Of one request, so that large photos go one by one and a request stays far below `CONVMIXER_MAX_BODY_BYTES`."""
 
 UNREADABLE = "unreadable"
+UNREACHABLE = "unreachable"
 
 _PNG_MODES = {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"}
 
@@ -42,11 +43,13 @@ class Picture:
     filename: str | None
     data: bytes
 
-    def result(self, result: Prediction | RequestFailed) -> Prediction | ClassificationError:
+    def result(self, result: Prediction | ClientError) -> Prediction | ClassificationError:
         """A failure as the entry that stands in this image's place; a prediction as it is."""
         if isinstance(result, Prediction):
             return result
-        return ClassificationError(self.index, self.filename, result.code, result.detail, result.request_id)
+        if isinstance(result, RequestFailed):
+            return ClassificationError(self.index, self.filename, result.code, result.detail, result.request_id)
+        return ClassificationError(self.index, self.filename, UNREACHABLE, str(result), None)
 
 
 @dataclass
@@ -65,7 +68,7 @@ class Batch:
         """What is to be sent."""
         return [entry for entry in self.entries if isinstance(entry, Picture)]
 
-    def merge(self, results: list[Prediction | RequestFailed]) -> list[Prediction | ClassificationError]:
+    def merge(self, results: list[Prediction | ClientError]) -> list[Prediction | ClassificationError]:
         """What came of each entry, in order.
 
         Args:
@@ -134,21 +137,30 @@ def load(index: int, image: ImageInput) -> Picture | ClassificationError:
         return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error.strerror or error}", None)
     except ValueError as error:
         return ClassificationError(index, filename, UNREADABLE, str(error), None)
+    except TypeError:
+        raise
+    except Exception as error:  # a damaged file opened by Pillow raises SyntaxError, struct.error, zlib.error, …
+        return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error or type(error).__name__}", None)
 
 
 def batches(images: Iterable[ImageInput], size: int) -> Iterator[Batch]:
-    """Takes from `images` only what the next batch needs.
+    """Takes from `images` only what the next batch needs; if `images` fails, what came before it still makes a batch.
 
     Args:
         images: of any number.
         size: images in a batch.
     """
     batch = Batch()
-    for index, image in enumerate(images):
-        batch.add(load(index, image))
-        if batch.is_full(size):
+    try:
+        for index, image in enumerate(images):
+            batch.add(load(index, image))
+            if batch.is_full(size):
+                yield batch
+                batch = Batch()
+    except Exception:
+        if batch.entries:
             yield batch
-            batch = Batch()
+        raise
     if batch.entries:
         yield batch
 

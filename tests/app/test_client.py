@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import socket
@@ -9,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from email.utils import formatdate
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from app.client import Client, Overloaded, RequestFailed, Unreachable
+from app.client import AsyncClient, Client, Overloaded, RequestFailed, Unreachable
 from app.client.images import batches, encode
 from tests.server import ScriptedServer
 
@@ -151,6 +154,104 @@ def test_a_batch_too_large_for_the_server_is_sent_in_halves():
     assert len(server.finish()) == 3
 
 
+def test_what_did_not_arrive_in_time_is_sent_in_halves():
+    slow = {"status": 408, "code": "receive_timeout", "detail": "30 s", "request_id": "a"}
+    server = ScriptedServer((408, {}, slow), (200, {}, ANSWER), (408, {}, slow), (200, {}, ANSWER))
+    with Client(server.url, concurrency=1) as client:
+        assert [result.label for result in client.classify_many([b"a", b"b"])] == ["cat", "cat"]
+    assert len(server.finish()) == 4
+
+
+def test_a_service_that_was_there_a_moment_ago_fails_images_and_not_the_job():
+    server = ScriptedServer((503, {"Retry-After": "0"}, BUSY), (200, {}, ANSWER))
+    with Client(server.url, concurrency=1) as client:
+        good, bad = client.classify_many([b"a", b"b"], deadline_s=1)
+    assert good.label == "cat"
+    assert (bad.index, bad.code) == (1, "unreachable")
+    assert "no answer" in bad.detail
+    server.finish()
+
+
+def test_an_answer_that_comes_byte_by_byte_does_not_outlast_the_deadline():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def dribble() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+                while True:  # until the client has closed
+                    connection.sendall(b" ")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        with Client(f"http://127.0.0.1:{listening.getsockname()[1]}") as client, pytest.raises(Unreachable, match="deadline"):
+            client.classify(b"image", deadline_s=0.2)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_came_before_a_source_failed_is_told(asynchronous):
+    def source() -> Iterator[bytes]:
+        yield b"a"
+        yield b"b"
+        raise OSError("the disk is gone")
+
+    server = ScriptedServer((200, {}, ANSWER), (200, {}, ANSWER))
+    results: list[object] = []
+
+    def run() -> None:
+        with Client(server.url, batch_size=1) as client:
+            for result in client.classify_many(source()):
+                results.append(result)  # noqa: PERF402 (extend would append none of them if one raises)
+
+    async def run_async() -> None:
+        async with AsyncClient(server.url, batch_size=1) as client:
+            async for result in client.classify_many(source()):
+                results.append(result)  # noqa: PERF401
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        asyncio.run(run_async()) if asynchronous else run()
+    assert len(results) == 2
+    server.finish()
+
+
+def test_a_live_stream_has_its_answers_before_the_next_image_comes():
+    """The source waits for them."""
+    server = ScriptedServer(*[(200, {}, ANSWER)] * 3)
+
+    async def run() -> int:
+        answered = asyncio.Semaphore(0)
+
+        async def camera() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                yield b"frame"
+                await answered.acquire()
+
+        count = 0
+        async with AsyncClient(server.url, batch_size=1) as client:
+            async for _ in client.classify_many(camera()):
+                count += 1
+                answered.release()
+        return count
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == 3
+    server.finish()
+
+
+def test_a_picture_that_pillow_opened_and_cannot_read_is_reported_in_its_place():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    damaged = Image.open(io.BytesIO(data[:second] + b"\0\0\0\0" + data[second + 4 :]))
+    (batch,) = batches([b"good", damaged], 2)
+    good, bad = batch.entries
+    assert good.data == b"good"
+    assert (bad.index, bad.code) == (1, "unreadable")
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -191,6 +292,9 @@ def test_closing_ends_a_pause():
     client.close()
     thread.join(30)
     assert failure
+    client.close()
+    with pytest.raises(Unreachable, match="closed"):
+        client.health()
 
 
 @pytest.mark.parametrize(
