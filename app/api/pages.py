@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic_core import to_json
@@ -132,7 +133,18 @@ _schema_lock = threading.Lock()
 @functools.cache
 def _schema(app: FastAPI) -> Asset:
     # FastAPI's own route builds it in the event loop, a tenth of a second, and writes it down again for every request
-    return _prepare(to_json(app.openapi()), "application/json")
+    return _prepare(to_json(_with_keys(app.openapi())), "application/json")
+
+
+def _with_keys(document: dict[str, Any]) -> dict[str, Any]:
+    """Adds that a key may be sent wherever its lack is told of; FastAPI knows only of dependencies, which cost each request."""
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "If the service has keys (`CONVMIXER_API_KEYS`)."}
+    }
+    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+        if "401" in operation["responses"]:
+            operation["security"] = [{}, {"key": []}]
+    return document
 
 
 def _prepare(body: bytes, media_type: str) -> Asset:

@@ -47,6 +47,23 @@ def test_any_of_the_keys_opens_and_probes_need_none(keyed, samples, key):
     assert httpx.get(f"{keyed}/readyz").status_code == 200
 
 
+def test_the_document_says_where_a_key_may_be_sent(keyed):
+    document = httpx.get(f"{keyed}/openapi.json").json()
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    asks = {
+        (method, path)
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if {"key": []} in operation.get("security", [])
+    }
+    assert {("post", "/classify"), ("post", "/v2/models/{model}/infer"), ("get", "/v2/models/stats")} <= asks
+    for method, path in asks:
+        assert httpx.request(method, keyed + path, content=b"x").status_code == 401
+    for path in ("/livez", "/readyz", "/model", "/v2", "/v2/health/ready", "/metrics"):
+        assert ("get", path) not in asks
+        assert httpx.get(keyed + path).status_code == 200
+
+
 def test_below_a_prefix_keys_are_asked_for_too(samples):
     """As Ray Serve's `route_prefix` has it: a path with the prefix, which the router then leaves out."""
     settings = Settings(api_keys="first", workers=1, max_batch=1)
