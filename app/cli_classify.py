@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 import typer
 
 from app.errors import ServiceError
+from app.paths import find_files, printable
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -52,12 +54,28 @@ def expand(patterns: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        literal = pattern == STDIN or Path(pattern).exists()
-        matches = [pattern] if literal else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute ones, too)
-        if not matches:
+        literal = pattern == STDIN or os.path.exists(pattern)  # noqa: PTH110 (Path.exists raises where one may not look)
+        matches = [pattern] if literal else _glob(pattern)
+        if not matches and _is_missing(pattern):
             raise typer.BadParameter(f"{pattern!r} does not exist, or matches nothing", param_hint="PATHS")
-        found += matches
+        found += matches or [pattern]
     return found
+
+
+def _glob(pattern: str) -> list[str]:
+    """What matches, without what lies in a folder that matches, too: `**` gives both, and folders are searched recursively."""
+    matches = {Path(match): match for match in sorted(glob.glob(pattern, recursive=True))}  # noqa: PTH207 (absolute ones, too)
+    folders = {path for path, match in matches.items() if os.path.isdir(match)}  # noqa: PTH112 (as in `find_images`)
+    return [match for path, match in matches.items() if folders.isdisjoint(path.parents)]
+
+
+def _is_missing(path: str) -> bool:
+    """Whether nothing is there. What lies where one may not look, or has too long a name, gets a row that says so."""
+    try:
+        os.stat(path)  # noqa: PTH116 (Path("") is the working folder)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
@@ -67,14 +85,14 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
         paths: from `expand`.
     """
     for path in paths:
-        yield from _in_folder(path) if path != STDIN and Path(path).is_dir() else (path,)
+        is_folder = path != STDIN and os.path.isdir(path)  # noqa: PTH112 (Path.is_dir raises where one may not look)
+        yield from _in_folder(path) if is_folder else (path,)
 
 
 def _in_folder(folder: str) -> Iterator[str]:
     unreadable: list[str] = []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: unreadable.append(error.filename)):
-        folders.sort()
-        yield from (str(Path(parent) / name) for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+    files = map(Path, find_files(folder, lambda error: unreadable.append(error.filename)))
+    yield from (str(path) for path in files if path.suffix.lower() in SUFFIXES)
     yield from unreadable  # as if they were images: each gets a row that says why it was not looked into
 
 
@@ -85,7 +103,7 @@ def read_list(path: str) -> Iterator[str]:
         path: of the file.
     """
     source = sys.stdin.fileno() if path == STDIN else path
-    with open(source, errors="surrogateescape", closefd=path != STDIN) as file:
+    with open(source, errors="surrogateescape", newline="\n", closefd=path != STDIN) as file:  # a name may hold "\r"
         yield from filter(None, (line.rstrip("\r\n") for line in file))
 
 
@@ -193,18 +211,21 @@ def _open_text(output: Path | None) -> IO[str]:
 
 
 def _json(file: IO[str]) -> Write:
-    return lambda row: print(json.dumps(row), file=file)
+    """Strict readers refuse the lone surrogates of a name that is no UTF-8."""
+    return lambda row: print(json.dumps(row | {"filename": printable(row["filename"])}), file=file)
 
 
 def _csv(file: IO[str]) -> Write:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["file", "label", "confidence", "in_distribution", "error"])
-    return lambda row: writer.writerow(
-        [
-            row["filename"],
-            *(row.get(name) for name in ("label", "confidence", "in_distribution")),
-            row["error"]["detail"] if "error" in row else None,
-        ]
+    def write_line(*values: object) -> None:
+        line = io.StringIO()
+        csv.writer(line).writerow(values)  # told to end lines with "\n", it would leave a bare "\r" unquoted (until Python 3.13)
+        file.write(line.getvalue().removesuffix("\r\n") + "\n")
+
+    write_line("file", "label", "confidence", "in_distribution", "error")
+    return lambda row: write_line(
+        row["filename"],
+        *(row.get(name) for name in ("label", "confidence", "in_distribution")),
+        row["error"]["detail"] if "error" in row else None,
     )
 
 
@@ -247,8 +268,7 @@ def _parquet(file: IO[bytes]) -> Iterator[Write]:
     def write(row: Row) -> None:
         error = row.get("error", {})
         # a Parquet string is UTF-8; the name of a file need not be
-        name = os.fsencode(row["filename"]).decode("utf-8", "backslashreplace")
-        rows.append(row | {"file": name, "error_code": error.get("code"), "error": error.get("detail")})
+        rows.append(row | {"file": printable(row["filename"]), "error_code": error.get("code"), "error": error.get("detail")})
         if len(rows) >= _ROWS_PER_GROUP:
             flush()
 

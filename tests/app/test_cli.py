@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.cli import main
+from app.cli_classify import expand, find_images
 
 
 def command(*arguments: object) -> list[str]:
@@ -54,19 +55,23 @@ def test_info_prints_metadata_engine_and_versions():
 
 @pytest.fixture
 def mixed(samples, repository, tmp_path):
-    """A list of files: three good ones, one of them with a name that is no UTF-8 and one with the characters of a glob; a
+    """A list of files: four good ones, their names with the characters of a glob, with a carriage return, and no UTF-8; a
     damaged one, text, a missing one."""
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for name in (b"[a]*.webp", b"caf\xe9.webp"):
+    for name in (b"[a]*.webp", b"a\rb.webp", b"caf\xe9.webp"):
         (folder / os.fsdecode(name)).write_bytes(samples[0].data)
     (folder / "damaged.png").write_bytes((repository / "docs" / "images" / "cat.png").read_bytes()[:1000])
     (folder / "note.txt").write_text("no image")
     return [*sorted(folder.iterdir()), samples[1].path, folder / "gone.png"]
 
 
-NAMES = [b"[a]*.webp", b"caf\xe9.webp", b"damaged.png", b"note.txt", None, b"gone.png"]
-CODES = [None, None, "undecodable_image", "unsupported_image", None, "undecodable_image"]
+CODES = [None, None, None, "undecodable_image", "unsupported_image", None, "undecodable_image"]
+
+
+def as_text(path: Path) -> str:
+    """A name as JSON, Parquet and standard error have it: strict readers refuse lone surrogates."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @pytest.mark.parametrize("server", [False, True])
@@ -75,31 +80,33 @@ def test_bad_files_are_reported_the_rest_is_classified_and_the_exit_code_says_so
     result = run("classify", "--files-from", "-", *(["--url", base_url] if server else []), "--json", stdin=stdin)
     assert result.returncode == 1
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [row["filename"] for row in rows] == [str(path) for path in mixed]
+    assert [row["filename"] for row in rows] == [as_text(path) for path in mixed]
     codes = [row.get("error", {}).get("code") for row in rows]
-    assert codes == [*CODES[:5], "unreadable" if server else CODES[5]]
+    assert codes == [*CODES[:6], "unreadable" if server else CODES[6]]
     assert [line.partition("  ")[0] for line in result.stderr.splitlines()] == [
-        str(path).encode(errors="backslashreplace").decode() for path, code in zip(mixed, CODES, strict=True) if code
+        as_text(path) for path, code in zip(mixed, CODES, strict=True) if code
     ]
 
 
 def test_errors_and_odd_names_in_csv_and_parquet(mixed, tmp_path):
     """Of files that are named, not only those that look like images; in a folder only those."""
-    result = run("classify", *mixed[:5], stdin=b"")
+    result = run("classify", *mixed[:6], stdin=b"")
     assert result.returncode == 1
-    rows = list(csv.DictReader(io.StringIO(result.stdout)))
-    assert [row["file"] for row in rows] == [str(path) for path in mixed[:5]]
-    assert [bool(row["error"]) for row in rows] == [bool(code) for code in CODES[:5]]
+    rows = list(csv.DictReader(io.StringIO(result.stdout, newline="")))
+    assert [row["file"] for row in rows] == [str(path) for path in mixed[:6]]
+    assert [bool(row["error"]) for row in rows] == [bool(code) for code in CODES[:6]]
+    assert result.stdout.count("\r") == 1
     result = run("classify", mixed[0].parent, "--parquet", tmp_path / "out.parquet")
     assert result.returncode == 1
     assert not result.stdout
     table = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [(row["file"].rpartition("/")[2], row["error_code"]) for row in table] == [
         ("[a]*.webp", None),
+        ("a\rb.webp", None),
         ("caf\\xe9.webp", None),
         ("damaged.png", "undecodable_image"),
     ]
-    assert [row["confidence"] is None for row in table] == [False, False, True]
+    assert [row["confidence"] is None for row in table] == [False, False, False, True]
 
 
 def test_what_cannot_even_be_opened_gets_a_row(samples, tmp_path, monkeypatch):
@@ -122,6 +129,42 @@ def test_what_cannot_even_be_opened_gets_a_row(samples, tmp_path, monkeypatch):
     assert "File name too long" in deep["error"]["detail"]
 
 
+def test_a_path_that_cannot_be_looked_at_gets_a_row_beside_the_others(samples, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    paths = [tmp_path / ("d" * 300), samples[0].path, tmp_path / "loop" / "cat.png"]
+    result = run("classify", *paths, "--json")
+    assert result.returncode == 1
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["filename"] for row in rows] == [str(path) for path in paths]
+    assert "File name too long" in rows[0]["error"]["detail"]
+    assert rows[1]["label"] == samples[0].label
+    assert "symbolic links" in rows[2]["error"]["detail"]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> list[str]:
+    """The images of a folder `photos` in the working folder; it also holds text and a link that leads back."""
+    monkeypatch.chdir(tmp_path)
+    images = ["photos/top.png", "photos/a/x.png", "photos/a/deep/y.png", "photos/b/z.png"]
+    for name in [*images, "photos/a/note.txt"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    Path("photos/a/loop").symlink_to(".")
+    return images
+
+
+@pytest.mark.parametrize(
+    ("pattern", "order"),
+    [("photos", [0, 1, 2, 3]), ("photos/**", [0, 1, 2, 3]), ("photos/**/*", [1, 2, 3, 0]), ("**/**", [0, 1, 2, 3])],
+)
+def test_a_folder_or_a_glob_gives_each_image_once(photos, pattern, order):
+    assert list(find_images(expand([pattern]))) == [photos[i] for i in order]
+
+
+def test_a_glob_of_files_takes_them_whatever_they_are_called(photos):
+    assert list(find_images(expand(["photos/[ab]/*.*"]))) == ["photos/a/note.txt", "photos/a/x.png", "photos/b/z.png"]
+
+
 def on_terminal(*arguments: object, stdout: int | None = None) -> str:
     """What a person sees: standard error, and standard output unless it goes elsewhere, are a terminal."""
     ours, theirs = pty.openpty()
@@ -137,15 +180,15 @@ def on_terminal(*arguments: object, stdout: int | None = None) -> str:
 
 
 def test_a_person_gets_a_table_and_elsewhere_a_progress_bar(mixed, samples, tmp_path):
-    seen = on_terminal("classify", samples[1].path, mixed[2])
+    seen = on_terminal("classify", samples[1].path, mixed[3])
     assert re.search(rf"label +confidence +file\r\n{samples[1].label} +\d+.\d% +{samples[1].path}", seen)
     assert "damaged.png  " in seen
     assert re.search(r"2 images in [\d.]+ s, \d+ a second; 1 failed", seen)
     with (tmp_path / "out.csv").open("wb") as file:
         seen = on_terminal("classify", mixed[0].parent, stdout=file.fileno())
-    assert "3/3" in seen
+    assert "4/4" in seen
     assert "confidence" not in seen
-    assert len((tmp_path / "out.csv").read_bytes().splitlines()) == 4
+    assert (tmp_path / "out.csv").read_bytes().count(b"\n") == 5
 
 
 @pytest.mark.parametrize(
