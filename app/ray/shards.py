@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from app.errors import InferenceFailed, StartupError
+from app.paths import find_files, printable
 
 UNREADABLE = "unreadable"
 """Code of a record that could not be read."""
@@ -117,16 +119,25 @@ class Place:
         self.uri = uri if "://" in uri else str(Path(uri).absolute())
         try:
             self.fs, self.root = fs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (ValueError, OSError) as error:  # ArrowInvalid, and a path that is not UTF-8, are ValueErrors
             raise StartupError(f"{uri!r} is no path or URI that pyarrow can open: {error}") from error
 
     def __truediv__(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
-    def files(self, folder: str = "") -> Iterator[fs.FileInfo]:
-        """All files below, in any order; none if the folder does not exist."""
-        selector = fs.FileSelector((self / folder).rstrip("/"), recursive=True, allow_not_found=True)
-        return (info for info in self.fs.get_file_info(selector) if info.is_file)
+    def files(self, folder: str = "") -> Iterator[str]:
+        """Paths, from here, of all files below, in any order; none if the folder does not exist.
+
+        Raises:
+            OSError: a folder cannot be looked into.
+        """
+        begin = (self / folder).rstrip("/")
+        if self.fs.type_name == "local":  # Arrow would go round in links that lead back, and refuse names that are no UTF-8
+            paths = (path for path in find_files(begin, _raise_unless_gone) if os.path.isfile(path))  # noqa: PTH113 (never raises)
+        else:
+            selector = fs.FileSelector(begin, recursive=True, allow_not_found=True)
+            paths = (info.path for info in self.fs.get_file_info(selector) if info.is_file)
+        return (path[len(self / "") :] for path in paths)
 
     def write(self, name: str, content: pa.Buffer | bytes) -> None:
         """Writes a whole file or none, over an older one of that name."""
@@ -192,8 +203,12 @@ class Shards:
 
     def results(self) -> dict[int, ShardResult]:
         """What the shards that are done have given: those whose files hold all of their records."""
-        classified, rejected = ({info.base_name for info in self.output.files(kind)} for kind in ("classified", "rejected"))
-        written = [shard for shard in range(len(self.rows)) if _name(shard) in classified & rejected]
+        classified, rejected = (set(self.output.files(kind)) for kind in ("classified", "rejected"))
+        written = [
+            shard
+            for shard in range(len(self.rows))
+            if f"classified/{_name(shard)}" in classified and f"rejected/{_name(shard)}" in rejected
+        ]
         with ThreadPoolExecutor(_READERS) as pool:
             found = zip(written, pool.map(self._result, written), strict=True)
             return {shard: result for shard, result in found if result and result.rows == self.rows[shard]}
@@ -206,9 +221,9 @@ class Shards:
     def remove_unfinished(self) -> None:
         """Removes what killed workers left behind; only when none is at work."""
         for kind in ("classified", "rejected"):
-            for info in self.output.files(kind):
-                if info.extension == "unfinished":
-                    self.output.fs.delete_file(info.path)
+            for path in self.output.files(kind):
+                if path.endswith(".unfinished"):
+                    self.output.fs.delete_file(self.output / path)
 
     def _result(self, shard: int) -> ShardResult | None:
         """What a shard's two files hold; None if one is damaged, or of another driver's listing of the input."""
@@ -224,6 +239,11 @@ class Shards:
         return ShardResult(classified.num_rows, Counter(codes["code"].to_pylist()))
 
 
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _name(shard: int) -> str:
     return f"shard-{shard:06d}.parquet"
 
@@ -232,11 +252,15 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
     place = Place(job.input)
     ending = "" if job.format == "images" else ".parquet"
     try:
-        files = [info.path[len(place / "") :] for info in place.files() if info.path.endswith(ending)]
+        files = [path for path in place.files() if path.endswith(ending)]
     except OSError as error:
         raise StartupError(f"the folder {job.input} cannot be listed: {error}") from error
     if not files:
         raise StartupError(f"{job.input} holds no {ending or 'image'} file")
+    odd = [path for path in files if printable(path) != path]
+    if odd:
+        example = f"{len(odd):,}, {printable(odd[0])} is one"
+        raise StartupError(f"{job.input} holds files whose names are not UTF-8 ({example}); rename them: ids are text")
     paths = sorted(files)
     pieces = (Piece(path, None, 1) for path in paths) if job.format == "images" else _row_groups(place, paths, job)
     description = {_DESCRIPTION: json.dumps(asdict(job)).encode(), _IDENTITY: uuid.uuid4().hex.encode()}

@@ -195,6 +195,42 @@ def test_a_job_that_cannot_be_done_says_why(service, samples, tmp_path, change, 
         Shards.open(output, JobDescription(**(vars(folder_job(folder, service)) | change)))
 
 
+def test_links_are_followed_and_no_folder_is_listed_twice(service, samples, tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, samples[:2])
+    write_images(tmp_path / "more", samples[2:3])
+    (folder / "loop").symlink_to(".")
+    (folder / "more").symlink_to(tmp_path / "more")
+    (folder / "gone.webp").symlink_to("nothing")
+    os.mkfifo(folder / "pipe.webp")  # reading it would wait for ever
+    job = folder_job(folder, service)
+    compute(tmp_path / "out", job, service)
+    assert {row["id"] for row in read(tmp_path / "out", "classified")} == {"00.webp", "01.webp", "more/00.webp"}
+    assert not read(tmp_path / "out", "rejected")
+
+
+def test_names_that_are_no_utf8_are_told_before_anything_runs(service, samples, tmp_path):
+    folder = tmp_path / "in"
+    write_images(folder, samples[:1])
+    (folder / os.fsdecode(b"caf\xe9.webp")).touch()
+    with pytest.raises(StartupError, match=r"in holds files whose names are not UTF-8 \(1, caf\\xe9.webp is one\)"):
+        Shards.open(Place(str(tmp_path / "out")), folder_job(folder, service))
+    with pytest.raises(StartupError, match="no path or URI"):
+        Place(os.fsdecode(b"caf\xe9"))
+
+
+def test_what_is_done_of_many_shards_is_seen_at_once(service, samples, tmp_path, monkeypatch):
+    """Comparing all names with all others for each shard would take ten seconds and more."""
+    write_images(tmp_path / "in", samples[:1])
+    shards = Shards.open(Place(str(tmp_path / "out")), folder_job(tmp_path / "in", service))
+    many = 20_000
+    monkeypatch.setattr(shards, "rows", [1] * many)
+    monkeypatch.setattr(shards.output, "files", lambda kind: (f"{kind}/other-{i}.parquet" for i in range(many)))
+    begin = time.process_time()
+    assert shards.results() == {}
+    assert time.process_time() - begin < 1
+
+
 @pytest.mark.parametrize(("column", "message"), [("nothing", "no column 'nothing'"), ("key", "must hold encoded images")])
 def test_a_wrong_column_is_named_before_anything_runs(service, tmp_path, column, message):
     parquet.write_table(pa.table({"key": [1], "image": [b"x"]}), tmp_path / "a.parquet")
