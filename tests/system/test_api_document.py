@@ -36,8 +36,9 @@ def test_examples_run(document, base_url, repository, tmp_path, language):
     assert blocks
     for code in blocks:
         ready = code.replace("127.0.0.1:8000", base_url.removeprefix("http://"))
-        suffix = {"sh": "sh", "python": "py", "javascript": "mjs"}[language]
-        script = tmp_path / f"example.{suffix}"
+        # Node takes `import` only in a file of the right name: the one that readers are told
+        name = re.search(r"JavaScript.*saved as `(\S+)`", document)[1] if language == "javascript" else f"example.{language}"
+        script = tmp_path / name
         script.write_text(ready)
         node = shutil.which("node") or compute_driver_executable()[0]
         program = {"sh": ["bash", "-e"], "python": [sys.executable], "javascript": [node]}[language]
@@ -47,3 +48,9 @@ def test_examples_run(document, base_url, repository, tmp_path, language):
             assert "cat" in done.stdout
         if language == "sh":
             assert done.stdout.count('"label":"cat","confidence"') == 3
+
+
+def test_the_oldest_node_that_is_named_has_what_the_example_needs(document):
+    (oldest,) = map(int, re.findall(r"Node (\d+) and newer", document))
+    assert "openAsBlob" in document
+    assert oldest >= 20  # `openAsBlob` came with 19.8
