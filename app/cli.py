@@ -141,8 +141,9 @@ def classify(
     _require(bool(url) or not api_key_file, "--api-key-file is for --url")
     _require(bool(url) or not (concurrency or deadline_s), "--concurrency and --deadline-s are for --url")
     _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
-    _require(files_from in {None, STDIN} or Path(files_from or "").exists(), f"--files-from: {files_from} does not exist")
-    _require(not files_from or not Path(files_from).is_dir(), f"--files-from: {files_from} is a folder; give it as PATHS")
+    # not Path's, which raise where one may not look
+    _require(files_from in {None, STDIN} or os.path.exists(files_from or ""), f"--files-from: {files_from} does not exist")  # noqa: PTH110
+    _require(not files_from or not os.path.isdir(files_from), f"--files-from: {files_from} is a folder; give it as PATHS")  # noqa: PTH112
     roots = expand(patterns)
     if parquet:
         import pyarrow.parquet  # noqa: F401 (it may be missing, and that should be said before anything is done)
