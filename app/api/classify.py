@@ -75,15 +75,15 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.6.0"},
+    "model": {"name": "fast", "version": "1.7.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.9962,
+            "confidence": 0.9987,
             "in_distribution": True,
-            "in_distribution_score": 0.605,
-            "top_k": [{"label": "cat", "probability": 0.9962}, {"label": "dog", "probability": 0.0008}],
+            "in_distribution_score": 0.6565,
+            "top_k": [{"label": "cat", "probability": 0.9987}, {"label": "dog", "probability": 0.0006}],
             "warnings": [],
         }
     ],
