@@ -67,7 +67,7 @@ class AsyncClient:
         """Classifies one image; arguments and failures as those of `Client.classify`."""
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         data = await asyncio.to_thread(encode, image)
-        (result,) = await self.carry_out(exchange([Picture(0, filename_of(image), data)], wanted))
+        (result,) = await self._carry_out(exchange([Picture(0, filename_of(image), data)], wanted))
         if isinstance(result, ClientError):
             raise result
         return result
@@ -101,7 +101,7 @@ class AsyncClient:
             source = _batches(images, self._batch_size)
             try:
                 while await places.acquire() and (batch := await anext(source, None)):
-                    task = asyncio.create_task(self.classify_batch(batch, wanted, under_way))
+                    task = asyncio.create_task(self._classify_batch(batch, wanted, under_way))
                     tasks.add(task)
                     in_flight.put_nowait((batch, task))
             finally:
@@ -126,7 +126,7 @@ class AsyncClient:
                 pending.cancel()
             await asyncio.gather(reading, *tasks, return_exceptions=True)
 
-    async def classify_batch(self, batch: Batch, wanted: Wanted, under_way: asyncio.Semaphore) -> Results:
+    async def _classify_batch(self, batch: Batch, wanted: Wanted, under_way: asyncio.Semaphore) -> Results:
         """One request of `classify_many`, when it is its turn.
 
         Args:
@@ -136,9 +136,9 @@ class AsyncClient:
         """
         pictures = batch.pictures()
         async with under_way:
-            return await self.carry_out(exchange(pictures, wanted)) if pictures else []
+            return await self._carry_out(exchange(pictures, wanted)) if pictures else []
 
-    async def carry_out(self, steps: Exchange) -> Results:
+    async def _carry_out(self, steps: Exchange) -> Results:
         """Does what an exchange asks for, within its times.
 
         Args:

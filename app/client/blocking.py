@@ -1,7 +1,8 @@
 """The client for threads: the one for asyncio, in an event loop of its own.
 
 With sockets that block, a deadline would hold for every piece of a request alone: httpx gives it anew to each address of the
-host, each piece that is sent and each that comes.
+host, each piece that is sent and each that comes. The loop costs a lone image half a millisecond (1.7 → 2.2 ms on two Zen 5
+cores, server included) and many images none of their rate (75 µs of the client for each, where it was 53).
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Client:
             ValueError: an array has another shape or type, a parameter is out of range.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        (result,) = self._run(self._client.carry_out(exchange([Picture(0, filename_of(image), encode(image))], wanted)))
+        (result,) = self._run(self._client._carry_out(exchange([Picture(0, filename_of(image), encode(image))], wanted)))
         if isinstance(result, ClientError):
             raise result
         return result
@@ -142,7 +143,7 @@ class Client:
                     break
                 if not batch:
                     break
-                in_flight.append((batch, self._submit(self._client.classify_batch(batch, wanted, under_way))))
+                in_flight.append((batch, self._submit(self._client._classify_batch(batch, wanted, under_way))))
                 # as many wait as are under way: there is work while the caller looks at results
                 while in_flight and (in_flight[0][1].done() or len(in_flight) >= 2 * self._concurrency):
                     yield from oldest()
