@@ -42,6 +42,7 @@ class Augmentation:
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.config = config.augment
+        self._resample = config.resample
         self.device = torch.device(device)
         self._mix = _mixing(config.augment, num_classes)
         self._mean = torch.tensor(config.normalize_mean, device=device).view(1, 3, 1, 1)
@@ -88,11 +89,11 @@ class Augmentation:
             warps.append(warp)
 
         if warps:
-            batch = _warp(batch, warps)
+            batch = _warp(batch, warps, self._resample)
         if config.flip:
             batch = torch.where(_per_image(draw.uniform() < config.flip), batch.flip(-1), batch)
         if size != side:
-            batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
+            batch = F.interpolate(batch, (size, size), mode=self._resample, antialias=True).clamp(0, 1)
         batch = (batch - self._mean) / self._std
         if config.erase:
             batch = _erase(batch, draw, config.erase)
@@ -147,13 +148,13 @@ def _matrices(
     return torch.stack([e if isinstance(e, Tensor) else torch.full_like(like, e) for e in entries], 1).view(-1, 3, 3)
 
 
-def _warp(batch: Tensor, warps: list[Tensor]) -> Tensor:
+def _warp(batch: Tensor, warps: list[Tensor], resample: str) -> Tensor:
     matrix = warps[0]
     for warp in warps[1:]:
         matrix = matrix @ warp
     grid = F.affine_grid(matrix[:, :2], list(batch.shape), align_corners=False)
-    warped: Tensor = F.grid_sample(batch, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return warped
+    warped: Tensor = F.grid_sample(batch, grid, mode=resample, padding_mode="zeros", align_corners=False)
+    return warped.clamp(0, 1)  # a cubic overshoots at edges
 
 
 # Colours: float32 [N, 3, S, S] in [0, 1] and a strength [N, 1, 1, 1] → the same

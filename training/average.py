@@ -59,7 +59,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
         build_model(checkpoint)  # one that is still in training has no description of a network
     last = checkpoints[-1].description
     config = TrainConfig.from_dict(last["training"]["config"])
-    data = load_images(data_path, "train", last["image_size"])
+    data = load_images(data_path, "train", config.image_size, config.resample)
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         _check(path, checkpoint.description, last, data.fingerprint())
     states = [_as_large(checkpoint, config) for checkpoint in checkpoints]

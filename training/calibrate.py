@@ -91,10 +91,10 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str) -> d
     checkpoint = load_checkpoint(checkpoint_path)
     network = build_model(checkpoint)
     description = checkpoint.description
-    data = load_images(data_path, "train", description["image_size"])
+    config = TrainConfig.from_dict(description["training"]["config"])
+    data = load_images(data_path, "train", config.image_size, config.resample)
     if data.fingerprint() != description["training"]["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
-    config = TrainConfig.from_dict(description["training"]["config"])
     training, validation = split_validation(data, config.val_fraction)
     fitted = calibrate(network, training, validation, config, torch.device(device))
     tensors = {**checkpoint.tensors, CLASS_MEANS: fitted.class_means}

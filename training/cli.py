@@ -45,7 +45,10 @@ def train(
         ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Learn from the answers of this released checkpoint, usually a larger network's.")
+        list[Path] | None,
+        typer.Option(
+            help="Learn from the answers of this released checkpoint, usually a larger network's; repeatable: their mean."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output after a stop or a kill.")] = False,
     finish: Annotated[
@@ -68,8 +71,8 @@ def train(
         overrides["epochs"] = str(epochs)
     config = get_preset(preset).config.override(overrides)
     runtime = _runtime(device, precision, compile=compile)
-    images = load_images(data, "train", config.image_size)
-    path = run(config, images, output, runtime, init=init, teacher=teacher, resume=resume or finish, finish=finish)
+    images = load_images(data, "train", config.image_size, config.resample)
+    path = run(config, images, output, runtime, init=init, teachers=teacher or [], resume=resume or finish, finish=finish)
     typer.echo(f"released {path}")
 
 

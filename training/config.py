@@ -51,9 +51,12 @@ class TrainConfig:
     Attributes:
         model: the network, of any architecture; `num_classes` is taken from the data.
         augment: see AugmentConfig.
-        image_size: side in pixels of what the network sees, in training and in service.
-        start_size: side at the first step; grows linearly to `image_size` over the first 70 % of the run, in steps of
-            4 pixels. Smaller images cost less: a way to more epochs on a CPU. 0 means `image_size` from the start.
+        image_size: side in pixels of what the network sees in service, and when validated.
+        train_size: side in pixels of what it sees in training; 0 means `image_size`. A little less makes up for random crops,
+            in which things look larger than in whole pictures (arXiv 1906.06423).
+        start_size: side at the first step; grows linearly to `train_size` over the first 70 % of the run, in steps of
+            4 pixels. Smaller images cost less: a way to more epochs on a CPU. 0 means `train_size` from the start.
+        resample: `bilinear` or `bicubic`: how pictures are brought to size and warped, in training and in service.
         epochs: passes over the training slice.
         batch_size: images per optimizer step.
         optimizer: `adamw`, `adam`, or `muon`: AdamW with Muon for the hidden matrices (training/muon.py).
@@ -79,7 +82,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ConvMixerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     image_size: int = 32
+    train_size: int = 0
     start_size: int = 0
+    resample: str = "bilinear"
     epochs: int = 25
     batch_size: int = 64
     optimizer: str = "adamw"
@@ -107,17 +112,19 @@ class TrainConfig:
             "optimizer must be 'adamw', 'adam' or 'muon'": self.optimizer in ("adamw", "adam", "muon"),
             "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
             "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,
-            "start_size must be between 0 and image_size": 0 <= self.start_size <= self.image_size,
+            "train_size must be between 0 and image_size": 0 <= self.train_size <= self.image_size,
+            "start_size must be between 0 and train_size": 0 <= self.start_size <= self.largest_size,
+            "resample must be 'bilinear' or 'bicubic'": self.resample in ("bilinear", "bicubic"),
             "lr and muon_lr must be positive": min(self.lr, self.muon_lr) > 0,
             "muon_momentum must be in [0, 1)": 0 <= self.muon_momentum < 1,
             "val_fraction must be in (0, 0.5]": 0 < self.val_fraction <= 0.5,
             "warmup must be in [0, 1)": 0 <= self.warmup < 1,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
-            "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.image_size),
-            "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, and start_size 0": isinstance(
-                self.model, ConvMixerConfig
-            )
-            or (self.model.image_size == self.image_size and self.start_size in (0, self.image_size)),
+            "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.largest_size),
+            "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, the other sizes 0": (
+                isinstance(self.model, ConvMixerConfig)
+                or {self.model.image_size, self.largest_size, self.start_size or self.largest_size} == {self.image_size}
+            ),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
             "flip, erase and mix_until must be in [0, 1]": all(
                 0 <= p <= 1 for p in (self.augment.flip, self.augment.erase, self.augment.mix_until)
@@ -137,6 +144,11 @@ class TrainConfig:
         for message, holds in require.items():
             if not holds:
                 raise ConfigError(message)
+
+    @property
+    def largest_size(self) -> int:
+        """Side in pixels of the largest pictures of the training."""
+        return self.train_size or self.image_size
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -59,7 +59,7 @@ class ImageSet:
         return digest.hexdigest()
 
 
-def load_images(source: Path | None, split: Literal["train", "test"], image_size: int) -> ImageSet:
+def load_images(source: Path | None, split: Literal["train", "test"], image_size: int, resample: str = "bilinear") -> ImageSet:
     """Loads one split.
 
     Args:
@@ -67,16 +67,17 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
             CIFAR-10, downloaded by torchvision to `data/torchvision` on first use.
         split: `train` or `test`; ignored for a folder that has neither, or has one of them as a class.
         image_size: side S that every image is brought to.
+        resample: the filter used for it.
 
     Raises:
         DataError: the folder is missing, empty, has one class only, or holds an unreadable image, or one of `train/` and `test/`
             is missing.
     """
     if source is None:
-        return _load_cifar10(Path("data/torchvision"), split, image_size)
+        return _load_cifar10(Path("data/torchvision"), split, image_size, resample)
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; --data takes a folder with one sub-folder per class")
-    return _load_folder(_folder_of(source, split), image_size)
+    return _load_folder(_folder_of(source, split), image_size, resample)
 
 
 def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
@@ -131,14 +132,14 @@ def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, frac
         )
 
 
-def _load_cifar10(root: Path, split: str, image_size: int) -> ImageSet:
+def _load_cifar10(root: Path, split: str, image_size: int, resample: str) -> ImageSet:
     try:
         source = CIFAR10(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Give a folder with --data.") from error
     pixels = source.data
     if image_size != pixels.shape[1]:
-        pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size)) for image in pixels])
+        pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size, resample)) for image in pixels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     native = source.data.shape[1]
     return ImageSet(images, torch.tensor(source.targets), list(source.classes), native if native < image_size else None)
@@ -153,7 +154,7 @@ def _folder_of(source: Path, split: str) -> Path:
     return source / split if splits else source
 
 
-def _load_folder(folder: Path, image_size: int) -> ImageSet:
+def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
@@ -169,13 +170,13 @@ def _load_folder(folder: Path, image_size: int) -> ImageSet:
         raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")
     images, largest = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8), 0
     for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
-        pixels, native = _read_image(path, image_size)
+        pixels, native = _read_image(path, image_size, resample)
         images[index], largest = torch.from_numpy(pixels).permute(2, 0, 1), max(largest, native)
     labels = torch.tensor([label for _, label in files])
     return ImageSet(images, labels, classes, largest if largest < image_size else None)
 
 
-def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, int]:
+def _read_image(path: Path, image_size: int, resample: str) -> tuple[np.ndarray, int]:
     """A picture as the service reads it (`app.images`, a test compares): upright, the middle square, on white.
 
     Returns:
@@ -190,14 +191,14 @@ def _read_image(path: Path, image_size: int) -> tuple[np.ndarray, int]:
         raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
     native = min(full.size)
     if full.size != (image_size, image_size):
-        full = _fit(full, image_size)
+        full = _fit(full, image_size, resample)
     if full.mode == "RGBA":
         full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
     return np.array(full.convert("RGB")), native
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
-    return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+def _fit(image: Image.Image, side: int, resample: str) -> Image.Image:
+    return ImageOps.fit(image, (side, side), Image.Resampling[resample.upper()])
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -39,7 +39,8 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
     """
     checkpoint = load_checkpoint(checkpoint_path)
     build_model(checkpoint)  # what is no model is refused before the images are read
-    data = load_images(data_path, "test", checkpoint.description["image_size"])
+    config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
+    data = load_images(data_path, "test", config.image_size, config.resample)
     return evaluate_images(checkpoint_path, data, output, device)
 
 

@@ -14,11 +14,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from model.checkpoint import load_checkpoint
 from model.errors import ExportError
 from model.export import METADATA_KEY, ParityReport, export
+from training.config import TrainConfig
 from training.data import ImageSet, load_images
 from training.errors import DataError
 
-RESIZE = {"mode": "crop", "filter": "bilinear"}
-"""How the service brings other shapes to the input size; `training.data` does the same.
+RESIZE_MODE = "crop"
+"""How the service brings other shapes to the input size, with the filter of the training; `training.data` does the same.
 
 Where all test pictures had to be enlarged for it, the service makes others as small first (`through`)."""
 
@@ -45,12 +46,16 @@ def export_artifact(
     """
     evaluation = load_evaluation(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
-    data = _evaluated_on(checkpoint_path, evaluation, data_path, checkpoint.description["image_size"])
     training = checkpoint.description["training"]
+    config = TrainConfig.from_dict(training["config"])
+    data = _evaluated_on(checkpoint_path, evaluation, data_path, config)
+    resize: dict[str, Any] = {"mode": RESIZE_MODE, "filter": config.resample}
+    if data.enlarged_from:
+        resize["through"] = data.enlarged_from
     metadata = {
         "name": name,
         "version": version,
-        "resize": RESIZE | ({"through": data.enlarged_from} if data.enlarged_from else {}),
+        "resize": resize,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "checkpoint_sha256": evaluation["checkpoint_sha256"],
         "command": command,
@@ -90,13 +95,14 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
     if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
         raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
     checkpoint = load_checkpoint(checkpoint_path)
-    data = _evaluated_on(checkpoint_path, evaluation, data_path, checkpoint.description["image_size"])
+    config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
+    data = _evaluated_on(checkpoint_path, evaluation, data_path, config)
     write_card(checkpoint, evaluation, artifact, data, output)
     artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
 
 
-def _evaluated_on(checkpoint_path: Path, evaluation: dict[str, Any], data_path: Path | None, image_size: int) -> ImageSet:
-    data = load_images(data_path, "test", image_size)
+def _evaluated_on(checkpoint_path: Path, evaluation: dict[str, Any], data_path: Path | None, config: TrainConfig) -> ImageSet:
+    data = load_images(data_path, "test", config.image_size, config.resample)
     if data.fingerprint() != evaluation["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was evaluated on; give the same --data")
     return data

@@ -84,12 +84,12 @@ def draw_curves(training: dict[str, Any], path: Path) -> None:
     shown = ["augmented"]
     if training["config"]["label_smoothing"]:
         shown.append("smoothed labels")
-    if training.get("teacher"):
+    if _teachers(training):
         shown.append("distance to a teacher")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(epochs, [row["train_loss"] for row in history], color=_MUTED, label=f"training ({', '.join(shown)})")
     left.plot(epochs, [row["val_loss"] for row in history], color=_COLOR, label="validation")
-    left.set(xlabel="epoch", ylabel="loss, nats" if training.get("teacher") else "cross-entropy, nats", ylim=(0, None))
+    left.set(xlabel="epoch", ylabel="loss, nats" if _teachers(training) else "cross-entropy, nats", ylim=(0, None))
     left.legend(frameon=False)
     right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_COLOR, marker="o", markersize=3)
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
@@ -149,10 +149,15 @@ def draw_mistakes(mistakes: list[dict[str, Any]], data: ImageSet, path: Path) ->
     finish(figure, path)
 
 
+def _teachers(training: dict[str, Any]) -> list[dict[str, str]]:
+    """Of a checkpoint of before there could be several, too."""
+    return training.get("teachers") or [teacher for teacher in [training.get("teacher")] if teacher]
+
+
 def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact: dict[str, Any], stem: str) -> str:
     training = description["training"]
-    teacher = training.get("teacher")
-    config = {key: value for key, value in training["config"].items() if teacher or not key.startswith("distill_")}
+    teachers = _teachers(training)
+    config = {key: value for key, value in training["config"].items() if teachers or not key.startswith("distill_")}
     calibrated, raw = evaluation["calibrated"], evaluation["uncalibrated"]
     n, top1 = evaluation["images"], evaluation["top1"]
     error = 1.96 * (top1 * (1 - top1) / n) ** 0.5
@@ -171,10 +176,12 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         batches += f", after {init['epochs']} epochs that made the weights it began with (checkpoint `{init['sha256'][:12]}…`)"
         minutes += f"; before it {init['seconds'] / 60:.0f} minutes for those weights"
     taught = {}
-    if teacher:
+    if teachers:
+        names = " and ".join(f"{teacher['name']}, checkpoint `{teacher['sha256'][:12]}…`" for teacher in teachers)
+        answers = "its answers" if len(teachers) == 1 else "the mean of their answers"
         taught["Taught by"] = (
-            f"{teacher['name']}, checkpoint `{teacher['sha256'][:12]}…`: the distance to its answers to the same pictures is "
-            f"{config['distill_weight']:.0%} of the loss (arXiv 2106.05237)"
+            f"{names}: the distance to {answers} to the same pictures is {config['distill_weight']:.0%} of the loss "
+            "(arXiv 2106.05237)"
         )
     validation = training["history"][-1]["val_accuracy"]
     if averaged := training.get("averaged"):

@@ -42,7 +42,7 @@ class TrainingState:
     Args:
         config: of the run.
         data: all training images, held-out ones too.
-        teacher: name and SHA-256 of the teacher's checkpoint, or None.
+        teachers: name and SHA-256 of each teacher's checkpoint.
         path: of the training checkpoint; the released one lies beside it.
         model: in training.
         ema: its moving average.
@@ -54,7 +54,7 @@ class TrainingState:
         self,
         config: TrainConfig,
         data: ImageSet,
-        teacher: dict[str, str] | None,
+        teachers: list[dict[str, str]],
         path: Path,
         model: Network,
         ema: MovingAverage,
@@ -63,7 +63,7 @@ class TrainingState:
     ) -> None:
         self.config, self.path, self.classes = config, path, data.classes
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.data, self.data_sha256, self.teacher = data, data.fingerprint(), teacher
+        self.data, self.data_sha256, self.teachers = data, data.fingerprint(), teachers
         self.code_sha256, self.code_changed = _code_sha256(), False
 
     def save(self, progress: Progress) -> None:
@@ -82,7 +82,7 @@ class TrainingState:
         description = {
             "config": self.config.to_dict(),
             "data_sha256": self.data_sha256,
-            "teacher": self.teacher,
+            "teachers": self.teachers,
             "code_version": __version__,
             "code_sha256": self.code_sha256,
             "code_changed": self.code_changed,
@@ -115,8 +115,8 @@ class TrainingState:
         if found["code_version"] != __version__:
             versions = f"{self.path} is from version {found['code_version']}, this is {__version__}"
             raise ResumeError(f"{versions}; remove it to start anew, or give another --output")
-        if found.get("teacher") != self.teacher:
-            names = [(t or {}).get("name", "none") for t in (found.get("teacher"), self.teacher)]
+        if found.get("teachers", []) != self.teachers:
+            names = [" and ".join(t["name"] for t in ts) or "none" for ts in (found.get("teachers", []), self.teachers)]
             raise ResumeError(
                 f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same file"
             )
@@ -232,7 +232,7 @@ class TrainingState:
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
                 "order_sha256": self.data.order_sha256(),
-                "teacher": self.teacher,
+                "teachers": self.teachers,
                 "code_changed": self.code_changed,
                 "seconds": progress.seconds,
                 "history": progress.history,

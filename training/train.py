@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     runtime: Runtime,
     *,
     init: Path | None = None,
-    teacher: Path | None = None,
+    teachers: Sequence[Path] = (),
     resume: bool = False,
     finish: bool = False,
     deadline: float = math.inf,
@@ -66,7 +66,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         runtime: device, precision and compilation.
         init: a released checkpoint whose weights the run begins with (fine-tuning, or one more cycle of the schedule as
             in arXiv 1608.03983); a resumed run has begun already and does not read it.
-        teacher: a released checkpoint whose answers to the same pictures the network learns to give.
+        teachers: released checkpoints whose answers to the same pictures, or the mean of them, the network learns to give.
         resume: continue from `output/last.safetensors`.
         finish: with `resume`, take no further step and release what the run has come to.
         deadline: value of `time.monotonic()` after which the run stops as if asked to by a signal.
@@ -76,8 +76,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     Raises:
         DataError: fewer images than one batch.
-        ConfigError: `init` holds another network, `teacher` other classes, or the batch does not divide by the processes.
-        CheckpointError: `init` or `teacher` is not a released checkpoint.
+        ConfigError: `init` holds another network, a teacher other classes, or the batch does not divide by the processes.
+        CheckpointError: `init` or a teacher is not a released checkpoint.
         ResumeError: there is nothing to resume, or it belongs to another run; or a new run would overwrite one.
         DivergenceError: the loss became NaN or infinite.
         StorageError: a checkpoint could not be written.
@@ -99,9 +99,9 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     optimizer = _build_optimizer(config, model, runtime.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     augment = Augmentation(config, len(data.classes), device)
-    distill = Distillation(teacher, config, data, device) if teacher else None
-    origin = distill.teacher if distill else None
-    state = TrainingState(config, data, origin, output / "last.safetensors", model, ema, optimizer, scaler)
+    distill = Distillation(teachers, config, data, device) if teachers else None
+    origins = distill.teachers if distill else []
+    state = TrainingState(config, data, origins, output / "last.safetensors", model, ema, optimizer, scaler)
 
     if not resume and state.path.exists():
         raise ResumeError(
@@ -234,18 +234,18 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def image_size_at(config: TrainConfig, step: int, total_steps: int) -> int:
-    """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `image_size`.
+    """Side in pixels of the training images at a step: a multiple of 4 on the way from `start_size` to `train_size`.
 
     Args:
         config: both sizes.
         step: from 0.
         total_steps: of the run.
     """
-    done = step / (0.7 * total_steps)
+    done, largest = step / (0.7 * total_steps), config.largest_size
     if not config.start_size or done >= 1:
-        return config.image_size
-    size = config.start_size + done * (config.image_size - config.start_size)
-    return max(config.start_size, min(config.image_size, round(size / 4) * 4))
+        return largest
+    size = config.start_size + done * (largest - config.start_size)
+    return max(config.start_size, min(largest, round(size / 4) * 4))
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module, precision: str) -> torch.optim.Optimizer:

@@ -74,7 +74,7 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
     with pytest.raises(ConfigError, match="unknown architecture 'resnet'; known: convmixer, mlp-mixer, vit"):
         config.override({"model.architecture": "resnet"})
     for name, value in (("start_size", "16"), ("image_size", "64")):
-        with pytest.raises(ConfigError, match=r"model\.image_size must be image_size, and start_size 0"):
+        with pytest.raises(ConfigError, match=r"model\.image_size must be image_size, the other sizes 0"):
             config.override({name: value})
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def test_distance_is_zero_for_the_teachers_own_answers_and_positive_for_others(trained: Path, photos: ImageSet) -> None:
-    distill = Distillation(trained, replace(TINY, distill_temperature=2.0), photos, CPU)
+    distill = Distillation([trained], replace(TINY, distill_temperature=2.0), photos, CPU)
     pictures = torch.randn(8, 3, 32, 32)
     with torch.inference_mode():
         own = build_model(load_checkpoint(trained))(pictures)
@@ -34,7 +34,7 @@ def test_distance_is_zero_for_the_teachers_own_answers_and_positive_for_others(t
 
 
 def test_a_teacher_of_larger_pictures_sees_them_enlarged(trained: Path, photos: ImageSet) -> None:
-    distill = Distillation(trained, replace(TINY, image_size=16), photos, CPU)
+    distill = Distillation([trained], replace(TINY, image_size=16), photos, CPU)
     pictures = torch.randn(8, 3, 16, 16)
     with torch.inference_mode():
         own = build_model(load_checkpoint(trained))(F.interpolate(pictures, scale_factor=2, mode="bilinear"))
@@ -47,7 +47,7 @@ def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, pho
         TINY, seed=5, epochs=12, lr=0.02, ema_decay=0.0, distill_weight=1.0, augment=AugmentConfig(crop_scale=1.0, flip=0.0)
     )
     shuffled = replace(photos, labels=photos.labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))])
-    path = train(config, shuffled, tmp_path, QUIET, teacher=trained)
+    path = train(config, shuffled, tmp_path, QUIET, teachers=[trained])
     teacher, student = (
         compute_logits(build_model(load_checkpoint(p)), photos, config, CPU).log_softmax(1) for p in (trained, path)
     )
@@ -55,13 +55,13 @@ def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, pho
     distance, ignorance = (F.kl_div(q, teacher, reduction="batchmean", log_target=True) for q in (student, uniform))
     assert distance < 0.5 * ignorance
     training = load_checkpoint(path).description["training"]
-    assert training["teacher"]["name"] == load_checkpoint(trained).description["name"]
+    assert [teacher["name"] for teacher in training["teachers"]] == [load_checkpoint(trained).description["name"]]
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    train(TINY, photos, tmp_path, QUIET, teacher=trained)
-    train(TINY, photos, tmp_path, QUIET, teacher=trained, resume=True)
+    train(TINY, photos, tmp_path, QUIET, teachers=[trained])
+    train(TINY, photos, tmp_path, QUIET, teachers=[trained], resume=True)
     with pytest.raises(ResumeError, match=r"had another teacher \(convmixer-16-2-k3-p2\) than this run \(none\)"):
         train(TINY, photos, tmp_path, QUIET, resume=True)
 
@@ -69,10 +69,10 @@ def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: Image
 def test_a_stopped_run_with_a_teacher_ends_the_same_in_bf16(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     """With the kernels of `training/kernels.cpp`, where there is a compiler."""
     runtime = replace(QUIET, precision="bf16")
-    whole = train(TINY, photos, tmp_path / "whole", runtime, teacher=trained)
+    whole = train(TINY, photos, tmp_path / "whole", runtime, teachers=[trained])
     with pytest.raises(Stopped):
-        train(TINY, photos, tmp_path, runtime, teacher=trained, deadline=0.0)
-    resumed = train(TINY, photos, tmp_path, runtime, teacher=trained, resume=True)
+        train(TINY, photos, tmp_path, runtime, teachers=[trained], deadline=0.0)
+    resumed = train(TINY, photos, tmp_path, runtime, teachers=[trained], resume=True)
     expected, found = load_checkpoint(whole).tensors, load_checkpoint(resumed).tensors
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
@@ -80,21 +80,21 @@ def test_a_stopped_run_with_a_teacher_ends_the_same_in_bf16(trained: Path, photo
 def test_a_teacher_that_has_learnt_what_is_held_out(trained: Path, photos: ImageSet, capsys: pytest.CaptureFixture[str]) -> None:
     """At another size the same pictures are held out; of others nothing is known."""
     larger = load_images(CIFAR10, "train", 40)
-    Distillation(trained, replace(TINY, image_size=40), larger, CPU)
+    Distillation([trained], replace(TINY, image_size=40), larger, CPU)
     assert capsys.readouterr().err == ""
     with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
-        Distillation(trained, replace(TINY, image_size=40, val_fraction=0.5), larger, CPU)
+        Distillation([trained], replace(TINY, image_size=40, val_fraction=0.5), larger, CPU)
     fewer = ImageSet(photos.images[1:], photos.labels[1:], photos.classes)
-    Distillation(trained, TINY, fewer, CPU)
+    Distillation([trained], TINY, fewer, CPU)
     assert "was trained with other images of the same classes" in capsys.readouterr().err
 
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="knows classes"):
-        Distillation(trained, TINY, replace(photos, classes=["cat", "dog"]), CPU)
+        Distillation([trained], TINY, replace(photos, classes=["cat", "dog"]), CPU)
     with pytest.raises(ConfigError, match="normalised differently"):
-        Distillation(trained, replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos, CPU)
+        Distillation([trained], replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos, CPU)
     with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
-        Distillation(trained, replace(TINY, val_fraction=0.5), photos, CPU)
+        Distillation([trained], replace(TINY, val_fraction=0.5), photos, CPU)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        Distillation(tmp_path / "none.safetensors", TINY, photos, CPU)
+        Distillation([tmp_path / "none.safetensors"], TINY, photos, CPU)

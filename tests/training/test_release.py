@@ -174,7 +174,7 @@ def test_no_export_with_other_images(evaluated: Path, folder_of: Callable[..., P
 
 @pytest.mark.usefixtures("no_compiler")
 def test_the_card_names_the_teacher(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
-    student = train(replace(TINY, epochs=1, distill_weight=0.75), photos, tmp_path, QUIET, teacher=trained)
+    student = train(replace(TINY, epochs=1, distill_weight=0.75), photos, tmp_path, QUIET, teachers=[trained])
     evaluate(student, CIFAR10, tmp_path / "evaluation.json", "cpu")
     export_artifact(student, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
     write_card_for(student, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
