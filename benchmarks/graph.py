@@ -17,13 +17,15 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.serve import processor
-from training.data import load_images
+from model.export import METADATA_KEY
+from training.data import ImageSet, load_images
 
 ROUNDS = 20
 CALIBRATION_IMAGES = 512
@@ -107,13 +109,20 @@ def operator_shares(path: Path, folder: Path) -> list[tuple[str, float]]:
     return [(operator, time / spent.total()) for operator, time in spent.most_common(OPERATORS)]
 
 
+def load(path: Path, data: Path | None, split: Literal["train", "test"]) -> ImageSet:
+    """Images as the artifact's training and its evaluation saw them."""
+    running = session(path, 1)
+    metadata = json.loads(running.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    return load_images(data, split, side(running), metadata["resize"]["filter"])
+
+
 def quantize(path: Path, data: Path | None, folder: Path) -> list[Path]:
     """The graph in int8: its pointwise convolutions between feature maps alone, and all of it."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    image_set = load_images(data, "train", side(session(path, 1)))
+    image_set = load(path, data, "train")
     chosen = np.random.default_rng(0).choice(len(image_set), CALIBRATION_IMAGES, replace=False)
     pixels = image_set.images[chosen].permute(0, 2, 3, 1).contiguous().numpy()
 
@@ -141,7 +150,7 @@ def quantize(path: Path, data: Path | None, folder: Path) -> list[Path]:
 
 def test_images(path: Path, data: Path | None) -> tuple[Pixels, NDArray[np.int64]]:
     """Test set: uint8 [N, S, S, 3] and labels [N]."""
-    image_set = load_images(data, "test", side(session(path, 1)))
+    image_set = load(path, data, "test")
     return image_set.images.permute(0, 2, 3, 1).contiguous().numpy(), image_set.labels.numpy()
 
 

@@ -59,8 +59,9 @@ def main() -> None:
     checkpoint = load_checkpoint(options.checkpoint)
     network = build_model(checkpoint).to(memory_format=torch.channels_last)
     config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
-    bank = F.normalize(features(network, load_images(options.data, "train", config.image_size).images[::10], config))
-    known = load_images(options.data, "test", config.image_size).images
+    size = (config.image_size, config.resample)
+    bank = F.normalize(features(network, load_images(options.data, "train", *size).images[::10], config))
+    known = load_images(options.data, "test", *size).images
     known_scores = scores(session, network, config, known.permute(0, 2, 3, 1).contiguous().numpy(), temperature, bank)
 
     files = sorted(p for p in options.photos.glob("*/*") if p.parent.name in (*names, OTHER))

@@ -23,7 +23,6 @@ from training.calibrate import calibrate
 from training.config import TrainConfig
 from training.data import load_images, split_validation
 from training.errors import ConfigError, DataError
-from training.evaluate import compute_logits
 
 BATCH_NORM_IMAGES = 5000
 """Training images from which batch normalisation takes its statistics."""
@@ -73,18 +72,16 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
     update_bn((normalize(batch.to(device)) for batch in batches), network)
 
     fitted = calibrate(network, training, validation, config, torch.device(device))
-    accuracy = float(
-        (compute_logits(network, validation, config, torch.device(device)).argmax(1) == validation.labels).float().mean()
-    )
     parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     description = {
         **last,
         "calibration": fitted.figures,
-        "training": {**last["training"], "averaged": {"sha256": parts, "val_accuracy": accuracy}},
+        "training": {**last["training"], "averaged": {"sha256": parts}},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_checkpoint(output, {**tensors, CLASS_MEANS: fitted.class_means}, description)
+    accuracy: float = fitted.figures["accuracy"]
     return accuracy
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Calibration:
     """What a released checkpoint says of its answers.
 
     Attributes:
-        figures: temperature, rejection thresholds by score, and probability scores before and after; plain JSON values.
+        figures: accuracy, temperature, rejection thresholds by score, and probability scores before and after; plain JSON values.
         class_means: float32 [C, h], see `model.checkpoint.CLASS_MEANS`.
     """
 
@@ -63,6 +63,7 @@ def calibrate(
     scores = familiarity(logits, temperature, feature_similarity(features, means))
     return Calibration(
         {
+            "accuracy": float((logits.argmax(1) == validation.labels).float().mean()),
             "temperature": temperature,
             "thresholds": rejection_thresholds(scores),
             "before": probability_scores(logits, validation.labels),
@@ -72,19 +73,22 @@ def calibrate(
     )
 
 
-def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str) -> dict[str, Any]:
+def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, image_size: int | None = None) -> dict[str, Any]:
     """Fits a released checkpoint anew and rewrites it; its evaluation must be made again.
 
     Args:
         checkpoint_path: a `model.safetensors`.
         data_path: what it was trained with, see `training.data.load_images`.
         device: torch device.
+        image_size: side in pixels of what it is shown from now on, not below that of its training (arXiv 1906.06423). By
+            default as before.
 
     Returns:
         The figures, as in the checkpoint's description.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ConfigError: it cannot be shown pictures of that size.
         DataError: the data cannot be read, or are others than those it was trained with.
         OSError: the checkpoint cannot be written.
     """
@@ -95,8 +99,20 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str) -> d
     data = load_images(data_path, "train", config.image_size, config.resample)
     if data.fingerprint() != description["training"]["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
+    if image_size not in (None, config.image_size):
+        config = replace(config, image_size=image_size, train_size=config.largest_size)
+        data = load_images(data_path, "train", config.image_size, config.resample)
     training, validation = split_validation(data, config.val_fraction)
     fitted = calibrate(network, training, validation, config, torch.device(device))
-    tensors = {**checkpoint.tensors, CLASS_MEANS: fitted.class_means}
-    save_checkpoint(checkpoint_path, tensors, {**description, "calibration": fitted.figures})
+    described = {
+        **description["training"],
+        "config": config.to_dict(),
+        "data_sha256": data.fingerprint(),
+        "order_sha256": data.order_sha256(),
+    }
+    save_checkpoint(
+        checkpoint_path,
+        {**checkpoint.tensors, CLASS_MEANS: fitted.class_means},
+        {**description, "image_size": config.image_size, "calibration": fitted.figures, "training": described},
+    )
     return fitted.figures

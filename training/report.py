@@ -183,14 +183,15 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
             f"{names}: the distance to {answers} to the same pictures is {config['distill_weight']:.0%} of the loss "
             "(arXiv 2106.05237)"
         )
-    validation = training["history"][-1]["val_accuracy"]
+    validation = description["calibration"].get("accuracy", training["history"][-1]["val_accuracy"])
     if averaged := training.get("averaged"):
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
         batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
-        validation = averaged["val_accuracy"]
     small = artifact["resize"].get("through")
-    side = small or artifact["input_size"]
-    enlarged = f", enlarged to {artifact['input_size']} × {artifact['input_size']}" if small else ""
+    trained = config.get("train_size") or artifact["input_size"]
+    side = small or trained
+    enlarged = f", enlarged to {trained} × {trained}" if small else ""
+    resized = f", in training {trained} × {trained}" if trained != artifact["input_size"] else ""
     through = f", by way of {small} × {small}" if small else ""
     seen = " **These are the images it was trained with: this says nothing of new ones.**"
     rows = {
@@ -199,7 +200,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
         "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
-        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB; "
+        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB{resized}; "
         f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}{through}",
         "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
         "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",

@@ -143,13 +143,13 @@ def run_study(
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     finished = {(c.name, c.config.seed): _load_result(output, c) for c in study.cells}
-    side = study.cells[0].config.image_size
-    training = balanced_subset(load_images(data_path, "train", side), study.images)
+    size = (study.cells[0].config.image_size, study.cells[0].config.resample)
+    training = balanced_subset(load_images(data_path, "train", *size), study.images)
     if any(result["data_sha256"] != training.fingerprint() for result in finished.values() if result):
         raise ResumeError(f"{output} holds runs on other images; choose another --output")
     if all(finished.values()):
         return collect(study, output)
-    test = load_images(data_path, "test", side)
+    test = load_images(data_path, "test", *size)
     seconds = _estimate(study, training, len(test), output, runtime)
     here = [result for result in finished.values() if result and result["hardware"] == hardware(runtime)]
     if here:  # what runs took tells more than what was measured before them

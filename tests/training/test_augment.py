@@ -91,6 +91,20 @@ def test_every_image_is_drawn_for_by_itself(photos: ImageSet) -> None:
     assert len({image.numpy().tobytes() for image in images}) > 20
 
 
+def test_a_bicubic_warp_stays_within_black_and_white(photos: ImageSet) -> None:
+    """A cubic overshoots at edges; and it is sharper than a bilinear one."""
+    board = (torch.arange(32)[:, None] // 4 + torch.arange(32) // 4).remainder(2).mul(255).byte().expand(200, 3, 32, 32)
+    crops = {}
+    for resample in ("bilinear", "bicubic"):
+        config = TrainConfig(
+            augment=AugmentConfig(crop_scale=0.5), resample=resample, normalize_mean=(0.0,) * 3, normalize_std=(1.0,) * 3
+        )
+        torch.manual_seed(0)
+        crops[resample], _ = Augmentation(config, 10)(board, photos.labels, 40)
+    assert 0 <= crops["bicubic"].min() < crops["bicubic"].max() <= 1
+    assert crops["bicubic"].var() > 1.02 * crops["bilinear"].var()
+
+
 def test_flip_mirrors(photos: ImageSet) -> None:
     assert torch.equal(augment(photos, dataclasses.replace(OFF, flip=1.0))[0], unaugmented(photos).flip(-1))
 

@@ -100,13 +100,14 @@ def test_nested_folders_upper_case_and_strangers(folder_of: FolderOf) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 32, 40])
-def test_any_image_size(folder_of: FolderOf, size: int) -> None:
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_any_image_size(folder_of: FolderOf, size: int, resample: str) -> None:
     folder = folder_of("cat", "dog")
-    data = load_images(folder, "train", size)
+    data = load_images(folder, "train", size, resample)
     assert data.images.shape == (40, 3, size, size)
     if size != 32:
         with Image.open(min(folder.glob("cat/*.webp"))) as image:
-            expected = np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+            expected = np.array(image.convert("RGB").resize((size, size), Image.Resampling[resample.upper()]))
         assert torch.equal(data.images[0], torch.from_numpy(expected).permute(2, 0, 1))
 
 
@@ -272,7 +273,7 @@ def test_without_a_folder_it_is_torchvisions_cifar10(photos: ImageSet) -> None:
 
 @pytest.mark.usefixtures("torchvision_copy")
 def test_torchvisions_cifar10_is_brought_to_size_as_a_folder_is(photos: ImageSet) -> None:
-    train, folder = load_images(None, "train", 48), load_images(CIFAR10, "train", 48)
+    train, folder = load_images(None, "train", 48, "bicubic"), load_images(CIFAR10, "train", 48, "bicubic")
     assert torch.equal(folder.labels, photos.labels)
     assert torch.equal(train.images, folder.images[::2])
     assert train.images.shape == (100, 3, 48, 48)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.checkpoint import CheckpointError, build_model, load_checkpoint
+from model.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.config import AugmentConfig
 from training.data import ImageSet, load_images
@@ -38,6 +39,32 @@ def test_a_teacher_of_larger_pictures_sees_them_enlarged(trained: Path, photos: 
     pictures = torch.randn(8, 3, 16, 16)
     with torch.inference_mode():
         own = build_model(load_checkpoint(trained))(F.interpolate(pictures, scale_factor=2, mode="bilinear"))
+    torch.testing.assert_close(distill(pictures, own), torch.tensor(0.0), atol=1e-5, rtol=0)
+
+
+def test_of_several_teachers_the_mean_of_the_probabilities_is_learnt(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    other = tmp_path / "other.safetensors"
+    head = torch.randn(checkpoint.tensors["head.weight"].shape, generator=torch.Generator().manual_seed(0))
+    save_checkpoint(other, {**checkpoint.tensors, "head.weight": head}, checkpoint.description)
+    distill = Distillation([trained, other], replace(TINY, distill_temperature=2.0), photos, CPU)
+    pictures, logits = torch.randn(8, 3, 32, 32), torch.randn(8, 10)
+    with torch.inference_mode():
+        p = sum(F.softmax(build_model(load_checkpoint(path))(pictures) / 2, 1) for path in (trained, other)) / 2
+    expected = 4 * (p * (p / F.softmax(logits / 2, 1)).log()).sum(1).mean()
+    torch.testing.assert_close(distill(pictures, logits), expected, rtol=1e-3, atol=1e-5)
+    assert [teacher["sha256"] for teacher in distill.teachers] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (trained, other)
+    ]
+
+
+def test_pictures_are_brought_to_the_size_a_teacher_learnt_at(trained: Path, photos: ImageSet) -> None:
+    """Not to that which it is served at: the student's pictures, too, are those of a training."""
+    distill = Distillation([trained], replace(TINY, image_size=48, train_size=40, resample="bicubic"), photos, CPU)
+    pictures = torch.randn(8, 3, 40, 40)
+    with torch.inference_mode():
+        seen = F.interpolate(pictures, (32, 32), mode="bicubic", antialias=True)
+        own = build_model(load_checkpoint(trained))(seen)
     torch.testing.assert_close(distill(pictures, own), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 

@@ -62,15 +62,18 @@ def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(tmp_path: Path) -> None:
-    images = load_images(CIFAR10, "train", 36)
+    images = load_images(CIFAR10, "train", 36, "bicubic")
     assert images.enlarged_from == 32
-    checkpoint = train(replace(TINY, image_size=36, epochs=1), images, tmp_path, QUIET)
+    config = replace(TINY, image_size=36, train_size=34, resample="bicubic", epochs=1)
+    checkpoint = train(config, images, tmp_path, QUIET)
     evaluate(checkpoint, CIFAR10, tmp_path / "evaluation.json", "cpu")
     export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
     found = metadata(tmp_path / "tiny.onnx")
-    assert found["resize"] == {"mode": "crop", "filter": "bilinear", "through": 32}
+    assert found["resize"] == {"mode": "crop", "filter": "bicubic", "through": 32}
     write_card_for(checkpoint, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
-    assert "| Input | 36 × 36 RGB; other shapes: crop, bilinear, by way of 32 × 32 |" in (tmp_path / "card.md").read_text()
+    card = (tmp_path / "card.md").read_text()
+    assert "| Input | 36 × 36 RGB, in training 34 × 34; other shapes: crop, bicubic, by way of 32 × 32 |" in card
+    assert "each had 32 × 32 pixels, enlarged to 34 × 34, so" in card
 
 
 def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> None:

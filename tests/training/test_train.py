@@ -87,6 +87,9 @@ def test_images_grow_in_steps_of_four_and_reach_the_full_size_at_70_percent() ->
     assert sizes == sorted(sizes)
     assert set(sizes[70:]) == {32}
     assert {image_size_at(TrainConfig(start_size=0), step, 100) for step in range(100)} == {32}
+    smaller = TrainConfig(image_size=38, train_size=30, start_size=24)
+    assert {image_size_at(smaller, step, 100) for step in range(100)} == {24, 28, 30}
+    assert {image_size_at(replace(smaller, start_size=0), step, 100) for step in range(100)} == {30}
 
 
 @pytest.mark.parametrize(("start", "end"), [(2, 32), (3, 5), (18, 30), (33, 33)])
