@@ -17,9 +17,10 @@ import socket
 import struct
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from http import HTTPStatus
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -51,6 +52,9 @@ _MOST_PIPELINED_BODY = 64 * 1024
 
 _VERSIONS = ("1.1", "1.0")
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
+_CLOSE_WITHIN_S = 2.0
+"""So long a client that still sends may go on after an answer that ends the connection."""
+
 _LOOKS = 64
 """Connections looked at for one that may be closed to make room."""
 
@@ -86,6 +90,7 @@ class Protocol(HttpToolsProtocol):
         self._body_came = False
         self._parsed_bytes = 0
         self._deaf = False
+        self._close_at: float | None = None  # our side is closed, the client's not yet
         self._stuck_since: float | None = None
         self._for_probes = False
         self._last = False  # the connection ends with the request that is arriving
@@ -197,6 +202,8 @@ class Protocol(HttpToolsProtocol):
             self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
         if self._for_probes and self.url.partition(b"?")[0] not in PROBES:
             self._refuse(self._all_busy())
+        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            self._refuse(MalformedRequest("send one Host header (RFC 9112, 3.2)"))
         if self._deaf:
             return
         head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
@@ -205,6 +212,7 @@ class Protocol(HttpToolsProtocol):
         else:
             super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
+            self.cycle.transport = _CycleTransport(self.transport.write, self.transport.is_closing, self.close)  # type: ignore[assignment]
         self._in_headers, self._header_bytes = False, 0
         if self._last:
             self.cycle.keep_alive = False
@@ -242,7 +250,7 @@ class Protocol(HttpToolsProtocol):
         """An answer was written. uvicorn's own would set a timer for each; `enforce_deadlines` closes what is idle."""
         self.server_state.total_requests += 1
         self.active = time.monotonic()
-        if self.transport.is_closing():
+        if self._close_at or self.transport.is_closing():
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -273,6 +281,10 @@ class Protocol(HttpToolsProtocol):
                 self._cut_off()
         else:
             self._stuck_since = None
+        if self._close_at:
+            if now > self._close_at:
+                self.transport.close()
+            return
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
         if self.receive_by is None:
@@ -284,6 +296,20 @@ class Protocol(HttpToolsProtocol):
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
             self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))
+
+    def close(self) -> None:
+        """Ends the connection after what was written; in stages while the client is still sending (RFC 9112, 9.6).
+
+        Closed at once, what it sends would be answered with a reset, and many clients then never see why: they look at an answer
+        when all is sent.
+        """
+        if self._between and not self._header_bytes:
+            self.transport.close()
+        elif not (self._close_at or self.transport.is_closing()):
+            self._deaf, self.receive_by = True, None
+            self._close_at = time.monotonic() + _CLOSE_WITHIN_S
+            self.transport.write_eof()
+            self.flow.resume_reading()
 
     def shutdown(self) -> None:
         """The server ends (uvicorn): so does the connection, after the answer to a request that is in work or has been sent."""
@@ -343,7 +369,7 @@ class Protocol(HttpToolsProtocol):
             in_work = cycle is not None and not cycle.response_complete and (cycle.response_started or bool(self.pipeline))
             if not answered and not in_work:
                 self._answer_nothing(error)
-            self.transport.close()
+            self.close()
 
     def _refuse_header_bytes(self) -> None:
         self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
@@ -373,6 +399,14 @@ class Protocol(HttpToolsProtocol):
     def default_headers(self) -> bytes:
         """Those of every answer, written down; the same object until they change."""
         return self._default_headers.write(self.server_state.default_headers)
+
+
+class _CycleTransport(NamedTuple):
+    """A transport as uvicorn's `RequestResponseCycle` uses it, but closed as `Protocol.close` does."""
+
+    write: Callable[[bytes], None]
+    is_closing: Callable[[], bool]
+    close: Callable[[], None]
 
 
 def _ignore_upgrade(data: bytes) -> bytes:

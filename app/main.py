@@ -69,6 +69,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         openapi_url=None,  # `pages` has it, and /docs, for which FastAPI loads scripts from another host
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to an address made from the client's own Host, without TLS behind a proxy that has it
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     app.include_router(classify.router)

@@ -158,14 +158,14 @@ class RequestGuard:
         exchange = _begin(scope, request_id)
         service = scope["state"]["service"]
         body = _LimitedBody(receive, self.max_body_bytes, service.bodies)
-        started = False
+        started = complete = False
 
         def finish(status: int, sent_bytes: int) -> None:
             exchange.route = getattr(scope.get("route"), "path", None)  # the router has put it there by now
             exchange.finish(status, sent_bytes)
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal started, complete
             if message["type"] == "http.response.start":
                 started = True
                 sent = message.get("headers", ())
@@ -176,6 +176,7 @@ class RequestGuard:
                 if body.unread:  # the rest is not worth reading
                     message["headers"].append((b"connection", b"close"))
             await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             body.unread = True
@@ -195,6 +196,10 @@ class RequestGuard:
                 raise
             body.unread = True
             await self.answer_failure(scope, OUT_OF_TIME, send_with_id)
+        except Exception:
+            if not complete:
+                raise
+            # a defect that was answered and logged: Starlette raises it again, for servers that would log it
         finally:
             service.bodies.give_back(body.received)
 

@@ -334,7 +334,7 @@ class RawImageRequest:
         self.response_complete = True
         self._release(status, sent_bytes, timings, code, error)
         if not self.keep_alive:
-            self.protocol.transport.close()
+            self.protocol.close()
         self.protocol.on_response_complete()
 
     def _release(

@@ -57,6 +57,7 @@ def run(app: App, settings: Settings, listening: socket.socket | None = None, pa
         ws="none",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # they would replace the client's address in some logs, whoever sent them
         log_config=None,
         timeout_graceful_shutdown=settings.drain_timeout_s,
     )

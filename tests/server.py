@@ -25,15 +25,14 @@ class ServerProcess:
 
     Args:
         under: a command that starts it, e.g. `prlimit`.
+        program: what Python runs.
         **settings: `CONVMIXER_*` without the prefix, in lower case.
     """
 
-    def __init__(self, under: Sequence[str] = (), **settings: str) -> None:
+    def __init__(self, under: Sequence[str] = (), program: Sequence[str] = ("-m", "app.cli", "serve"), **settings: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
         environment |= {"CONVMIXER_PORT": "0", **{f"CONVMIXER_{k.upper()}": v for k, v in settings.items()}}
-        self.process = subprocess.Popen(
-            [*under, sys.executable, "-m", "app.cli", "serve"], env=environment, stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen([*under, sys.executable, *program], env=environment, stderr=subprocess.PIPE, text=True)
         self.log = ""
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read_log, daemon=True)

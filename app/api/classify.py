@@ -193,8 +193,12 @@ def _answer(
         "request_id": exchange.request_id,
     }
     content = to_json(body)
-    service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
-    return CountedResponse(service, content, media_type="application/json")
+
+    def told(accepted: bool) -> None:
+        if accepted:
+            service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
+
+    return CountedResponse(service, content, told, media_type="application/json")
 
 
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:

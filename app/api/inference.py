@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from app.deadline import MOST_ASKED_MS, time_left_s
 from app.engine.outcome import Outcome
+from app.errors import Overloaded
 from app.images import DecodedImage
 from app.protection import Receive, Scope, Send
 from app.service import Service
@@ -35,12 +36,14 @@ class CountedResponse(Response):
     Args:
         service: whose budget it is.
         content: the body.
+        told: called with whether there was room for it: only then the request is answered.
         **options: of Starlette's Response.
     """
 
-    def __init__(self, service: Service, content: bytes, **options: Any) -> None:
+    def __init__(self, service: Service, content: bytes, told: Callable[[bool], None] = lambda _: None, **options: Any) -> None:
         super().__init__(content, **options)
         self.service = service
+        self.told = told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it (ASGI). A long one in two pieces: uvicorn waits with the second, an empty one, until the first is on its way.
@@ -49,10 +52,16 @@ class CountedResponse(Response):
             Overloaded: there is no room for it.
         """
         if len(self.body) <= _COUNTED:
+            self.told(True)
             await super().__call__(scope, receive, send)
             return
         with self.service.bodies.loan() as take:
-            take(len(self.body))
+            try:
+                take(len(self.body))
+            except Overloaded:
+                self.told(False)
+                raise
+            self.told(True)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self.body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})

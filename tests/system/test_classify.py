@@ -265,6 +265,8 @@ def test_a_path_with_a_lines_end_is_not_the_path_before_it(client, samples):
 def test_unknown_paths_and_methods_get_problem_documents_too(client):
     assert problem(client.get("/nothing")) == (404, "not_found")
     assert problem(client.get("/classify")) == (405, "method_not_allowed")
+    # no redirect: it would lead to whatever Host says, and out of TLS that ends before us
+    assert problem(client.post("/classify/", headers={"Host": "evil.example"})) == (404, "not_found")
 
 
 @pytest.fixture(scope="module")

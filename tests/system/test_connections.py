@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import re
@@ -32,6 +33,11 @@ def connect(url: str, **options: int) -> socket.socket:
     return connection
 
 
+def send_for_ever(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
+
+
 def classify_request(data: bytes, *headers: str, version: str = "1.1") -> bytes:
     head = [f"POST /classify HTTP/{version}", "Host: x", "Content-Type: image/webp", f"Content-Length: {len(data)}", *headers]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + data
@@ -53,6 +59,14 @@ def answers(connection: socket.socket) -> Iterator[tuple[int, bytes, dict]]:
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[str]:
     server = ServerProcess(receive_timeout_s=str(RECEIVE_TIMEOUT_S), max_connections="8")
+    yield server.wait_until_ready()
+    assert server.stop() == 0
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    server = ServerProcess(api_keys="secret", max_body_bytes="1000000")
     yield server.wait_until_ready()
     assert server.stop() == 0
     assert "Traceback" not in server.log, server.log
@@ -243,10 +257,13 @@ def test_an_image_may_arrive_in_any_pieces(base_url, samples):
         (CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf", 408, "receive_timeout"),
         (CLASSIFY + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{", 408, "receive_timeout"),
         (
-            b"POST /classify HTTP/1.1\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n",
+            CLASSIFY + b"Content-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n",
             408,
             "receive_timeout",
         ),
+        (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400, "malformed_request"),
+        (b"POST /classify HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: 1\r\n\r\nx", 400, "malformed_request"),
     ],
 )
 def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_closed(impatient, sent, status, code):
@@ -274,6 +291,54 @@ def test_an_upload_that_stalls_is_counted_once_as_what_it_was_told(start):
     assert server.log.count("mine") == 1
 
 
+@pytest.mark.parametrize("media_type", ["image/png", "application/json"])
+@pytest.mark.parametrize(("key", "status"), [("secret", 413), ("wrong", 401)])
+def test_who_sends_all_before_reading_learns_why_it_was_refused(guarded, media_type, key, status):
+    """As Python's own client does: a connection closed at once would be reset under the upload (RFC 9112, 9.6)."""
+    connection = http.client.HTTPConnection(guarded.removeprefix("http://"), timeout=30)
+    headers = {"Content-Type": media_type, "Authorization": f"Bearer {key}"}
+    connection.request("POST", "/classify", b"x" * 8_000_000, headers)
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Connection"]) == (status, "close")
+    assert json.load(answer)["request_id"] == answer.headers["X-Request-ID"]
+
+
+def test_who_does_not_stop_sending_after_a_refusal_is_cut_off(guarded):
+    with connect(guarded) as connection:
+        connection.sendall(CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 99000000000\r\n\r\n")
+        ((status, _, _),) = answers(connection)  # to the end of what the server says
+        assert status == 401
+        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+            send_for_ever(connection, b"a" * 1024 * 1024)
+    assert httpx.get(f"{guarded}/livez").status_code == 200
+
+
+DEFECTIVE = """
+import app.main, app.cli
+create_app = app.main.create_app
+
+def with_a_defect(*arguments):
+    guard = create_app(*arguments)
+    guard.app.add_api_route("/defect", lambda: 1 / 0)
+    return guard
+
+app.main.create_app = with_a_defect
+app.cli.app(["serve"])
+"""
+
+
+def test_a_defect_is_answered_and_logged_once_and_costs_nobody_the_connection():
+    server = ServerProcess(program=("-c", DEFECTIVE))
+    with connect(server.wait_until_ready()) as connection:
+        probe = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        connection.sendall(b"GET /defect HTTP/1.1\r\nHost: x\r\n\r\n" + probe)
+        (failed, _, problem), (alive, _, _) = answers(connection)
+    assert (failed, problem["code"], alive) == (500, "internal_error", 200)
+    assert server.stop() == 0
+    assert server.log.count("ZeroDivisionError") == 1
+    assert problem["request_id"] in server.log
+
+
 def test_cookies_are_not_read(base_url):
     """Those of this kind take Python's parser seconds each (CVE-2024-7592)."""
     probe = b'GET /livez HTTP/1.1\r\nHost: x\r\nCookie: a="' + b"\\" * 32_000 + b'"\r\n\r\n'
@@ -292,7 +357,7 @@ def test_what_follows_or_stands_in_chunks_is_bounded(base_url, endless):
     with connect(base_url) as connection:
         connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + last + endless)
         with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
-            connection.sendall(b"a" * 64 * 1024 * 1024)
+            send_for_ever(connection, b"a" * 1024 * 1024)
     assert httpx.get(f"{base_url}/livez").status_code == 200
 
 
@@ -382,11 +447,6 @@ def test_a_body_that_arrives_behind_another_request_is_not_hoarded(start, sample
 def test_a_silent_connection_is_closed_without_a_word(impatient):
     with connect(impatient) as connection:
         assert connection.recv(1) == b""
-
-
-def send_for_ever(connection: socket.socket, data: bytes) -> None:
-    while True:
-        connection.sendall(data)
 
 
 def test_a_client_that_does_not_read_is_cut_off(impatient, samples):

@@ -168,7 +168,8 @@ def line_of(server: ServerProcess, request_id: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("content_type", ["image/webp", "image/webp; through=fastapi"])
 def test_each_request_has_a_line_with_its_id_and_no_secret(server, client, samples, content_type):
-    response = client.post("/classify?top_k=2", content=samples[0].data, headers={"Content-Type": content_type})
+    headers = {"Content-Type": content_type, "X-Forwarded-For": "203.0.113.9"}  # which anybody may send
+    response = client.post("/classify?top_k=2", content=samples[0].data, headers=headers)
     line = line_of(server, response.headers["X-Request-ID"])
     assert line.pop("ms") >= 0
     assert line.pop("time").endswith("Z")

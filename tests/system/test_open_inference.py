@@ -442,6 +442,9 @@ def test_an_answer_that_has_no_room_is_refused(start):
         response = client.post(INFER, json=maps)
         assert (response.status_code, "CONVMIXER_MAX_HELD_BYTES" in error_of(response)) == (503, True)
         assert client.post(INFER, json=pixels).status_code == 200  # what was counted is given back
+        (counted,) = client.get("/v2/models/fast/stats").json()["model_stats"]
+        assert [counted["inference_stats"][name]["count"] for name in ("success", "fail")] == [2, 1]
+        assert "convmixer_request_seconds_count 2.0" in client.get("/metrics").text
 
 
 def test_limits_are_those_of_classify_and_failures_the_protocols(tight):

@@ -113,12 +113,18 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
     if coding:
         headers["Content-Encoding"] = coding
     end = time.monotonic()
-    service.statistics.record_success(outcomes, seconds=end - exchange.begin, output_s=end - output_begin)
     plain = [replace(outcome, class_maps=None) for outcome in outcomes]  # a heat map would be drawn, for nobody
     predictions = [judge(outcome, metadata, index=i, filename=None, top_k=1) for i, outcome in enumerate(plain)]
-    service.metrics.observe_answer(end - exchange.begin, predictions)
+
+    def told(accepted: bool) -> None:
+        if accepted:
+            service.statistics.record_success(outcomes, seconds=end - exchange.begin, output_s=end - output_begin)
+            service.metrics.observe_answer(end - exchange.begin, predictions)
+        else:
+            service.statistics.record_failure(end - exchange.begin)
+
     media_type = "application/json" if length is None else "application/octet-stream"
-    return CountedResponse(service, answer, headers=headers, media_type=media_type)
+    return CountedResponse(service, answer, told, headers=headers, media_type=media_type)
 
 
 def _write(
