@@ -33,7 +33,7 @@ Row: TypeAlias = dict[str, Any]
 Write: TypeAlias = Callable[[Row], None]
 
 STDIN = "-"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp"}
 """Files taken from folders; one that is named is taken whatever it is called."""
 
 _WINDOW = 64

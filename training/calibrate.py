@@ -108,7 +108,7 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, imag
         **description["training"],
         "config": config.to_dict(),
         "data_sha256": data.fingerprint(),
-        "order_sha256": data.order_sha256(),
+        "source_sha256": data.source_sha256,
     }
     save_checkpoint(
         checkpoint_path,

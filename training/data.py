@@ -7,8 +7,11 @@ download, or any folder with one sub-folder per class.
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +26,21 @@ from tqdm import tqdm
 from training.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
+_SPLITS = ("train", "test")
 _HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
+
+_DEEP = 16  # bits of a colour
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of a number by its type: BYTE, SHORT, LONG
 
 
 @dataclass(frozen=True)
@@ -35,12 +52,15 @@ class ImageSet:
         labels: int64 [N], index into `classes`.
         classes: names, in the order of the network's outputs.
         enlarged_from: side of the largest picture (its shorter one) before all were enlarged to S; None if one was not.
+        source_sha256: of the files, labels and class names that all this was read from, so the same at every S; None for images
+            that were read from nothing, or are a part of others.
     """
 
     images: Tensor
     labels: Tensor
     classes: list[str]
     enlarged_from: int | None = None
+    source_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,12 +72,6 @@ class ImageSet:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
-    def order_sha256(self) -> str:
-        """SHA-256 of labels and class names: what `split_validation` goes by; the same for the same pictures at another size."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
-        digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
-
 
 def load_images(source: Path | None, split: Literal["train", "test"], image_size: int, resample: str = "bilinear") -> ImageSet:
     """Loads one split.
@@ -65,13 +79,13 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
     Args:
         source: a folder with one sub-folder per class, or with `train/` and `test/` that hold such folders; None for
             CIFAR-10, downloaded by torchvision to `data/torchvision` on first use.
-        split: `train` or `test`; ignored for a folder that has neither, or has one of them as a class.
+        split: `train` or `test`; ignored for a folder of classes, of which one may have such a name if it has no sub-folders.
         image_size: side S that every image is brought to.
         resample: the filter used for it.
 
     Raises:
-        DataError: the folder is missing, empty, has one class only, or holds an unreadable image, or one of `train/` and `test/`
-            is missing.
+        DataError: the folder is missing, empty, has one class only, or holds an unreadable image or folder, or one of `train/`
+            and `test/` is missing, or may be a class as well.
     """
     if source is None:
         return _load_cifar10(Path("data/torchvision"), split, image_size, resample)
@@ -117,7 +131,8 @@ def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, frac
     """
     training = description["training"]
     theirs = training["config"]["val_fraction"]
-    same = training["data_sha256"] == data.fingerprint() or training.get("order_sha256") == data.order_sha256()
+    source = training.get("source_sha256")  # older checkpoints have none
+    same = training["data_sha256"] == data.fingerprint() or (source is not None and source == data.source_sha256)
     if same and theirs < fraction:
         raise DataError(
             f"{path} held out {theirs:g} of the same images, so it has learnt some of the {fraction:g} that this run would be "
@@ -137,29 +152,43 @@ def _load_cifar10(root: Path, split: str, image_size: int, resample: str) -> Ima
         source = CIFAR10(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Give a folder with --data.") from error
-    pixels = source.data
-    if image_size != pixels.shape[1]:
+    labels, classes = torch.tensor(source.targets), list(source.classes)
+    native = ImageSet(torch.from_numpy(source.data).permute(0, 3, 1, 2), labels, classes)
+    pixels, side = source.data, source.data.shape[1]
+    if image_size != side:
         pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size, resample)) for image in pixels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    native = source.data.shape[1]
-    return ImageSet(images, torch.tensor(source.targets), list(source.classes), native if native < image_size else None)
+    return ImageSet(images, labels, classes, side if side < image_size else None, native.fingerprint())
 
 
 def _folder_of(source: Path, split: str) -> Path:
-    splits = [folder for folder in (source / "train", source / "test") if folder.is_dir()]
-    if len(splits) == 1 and not any(path.is_dir() for path in splits[0].iterdir()):
-        return source  # a class with that name
-    if splits and source / split not in splits:
-        raise DataError(f"{source / split} is missing beside {splits[0]}")
+    """That of the split; `source` itself where its sub-folders are classes. Hidden ones decide nothing."""
+    folders = _sub_folders(source)
+    splits = [name for name in folders if name in _SPLITS]
+    others = [name for name in folders if name not in _SPLITS]
+    if others:
+        for name in splits:
+            if _sub_folders(source / name):
+                raise DataError(
+                    f"{source / name} holds folders, as a split does, and lies beside {others[0]!r}, as a class does; if it is a "
+                    "class, rename it, and if not, leave nothing but train and test there"
+                )
+        return source
+    if splits and split not in splits:
+        raise DataError(f"{source / split} is missing beside {source / splits[0]}")
     return source / split if splits else source
 
 
+def _sub_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = _sub_folders(folder)
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{folder} must hold one sub-folder per class, at least two; found {found}")
-    present = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).rglob("*"))]
+    present = _find(folder, classes)
     files = [(path, label) for path, label in present if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path for path, _ in present if path.suffix.lower() not in IMAGE_SUFFIXES and path.is_file()]
     if passed_over := Counter(path.suffix for path in others):
@@ -169,32 +198,109 @@ def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
     if empty:
         raise DataError(f"no image in {', '.join(str(folder / classes[i]) for i in sorted(empty))}")
     images, largest = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8), 0
-    for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
-        pixels, native = _read_image(path, image_size, resample)
-        images[index], largest = torch.from_numpy(pixels).permute(2, 0, 1), max(largest, native)
     labels = torch.tensor([label for _, label in files])
-    return ImageSet(images, labels, classes, largest if largest < image_size else None)
+    source = hashlib.sha256("\0".join(classes).encode())
+    source.update(labels.numpy().tobytes())
+    for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
+        try:
+            data = path.read_bytes()
+            pixels, native = _decode(data, image_size, resample)
+        except Exception as error:  # Pillow's decoders raise anything: ValueError, SyntaxError, struct.error, MemoryError, …
+            reason = "of no known type" if isinstance(error, UnidentifiedImageError) else error
+            raise DataError(f"{path} cannot be read as an image ({reason}); remove or replace it") from error
+        images[index], largest = torch.from_numpy(pixels).permute(2, 0, 1), max(largest, native)
+        source.update(hashlib.sha256(data).digest())
+    return ImageSet(images, labels, classes, largest if largest < image_size else None, source.hexdigest())
 
 
-def _read_image(path: Path, image_size: int, resample: str) -> tuple[np.ndarray, int]:
-    """A picture as the service reads it (`app.images`, a test compares): upright, the middle square, on white.
+def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """Everything in the classes' folders, with their number, in order.
+
+    As `convmixer classify` finds it (`app.paths`): links to folders are followed, and no folder is looked into twice, as a link
+    may lead back; one that is a class or lies in one counts there, and not where a link leads to it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be looked into: {error.strerror}") from error
+
+    seen = {os.path.realpath(folder)}
+    roots = sorted((folder / name for name in classes), key=os.path.islink)
+    found = []
+    for root in roots:  # grows by the links on the way
+        label = classes.index(root.relative_to(folder).parts[0])
+        for parent, folders, files in os.walk(root, onerror=refuse):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            below = [Path(parent, name) for name in folders]
+            roots += filter(os.path.islink, below)  # Path.is_symlink raises for a path that is too long
+            found += [(path, label) for path in (*below, *(Path(parent, name) for name in files))]
+    return sorted(found, key=lambda one: (one[1], one[0]))
+
+
+def _decode(data: bytes, image_size: int, resample: str) -> tuple[np.ndarray, int]:
+    """A picture as the service reads it: upright, the middle square, on white.
+
+    What follows is `app.images` once more, which this package may not import; a test compares.
 
     Returns:
         uint8 [S, S, 3], RGB, and the picture's shorter side before.
-
-    An orientation that only XMP has turns it, too; the service reads EXIF alone.
     """
-    try:
-        with Image.open(path) as image:
-            full = _to_8_bit(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); remove or replace it") from error
+    with Image.open(io.BytesIO(_with_a_third_colour(data))) as image:
+        key = image.info.get("transparency")
+        # Pillow shortens pixels to 8 bits, but not the colour that is transparent
+        if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+        image.load()
+        full = _to_8_bit(_upright(image))
     native = min(full.size)
     if full.size != (image_size, image_size):
         full = _fit(full, image_size, resample)
     if full.mode == "RGBA":
         full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
     return np.array(full.convert("RGB")), native
+
+
+def _with_a_third_colour(data: bytes) -> bytes:
+    """A BMP of bytes or half bytes that says it uses two colours, as if it used one more.
+
+    Pillow reads a black-and-white palette as one bit a pixel, whatever the header says.
+    """
+    if data.startswith(b"BM") and data[28:29] in {b"\4", b"\x08"} and data[46:50] == b"\2\0\0\0":
+        return data[:46] + b"\3" + data[47:]
+    return data
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says; `ImageOps.exif_transpose` reads all of EXIF, and fails if any of it is odd."""
+    exif = image.info.get("exif")  # a PNG may have a text of that name
+    profile = image.info.get("Raw profile type exif")  # so older ImageMagick writes it into a PNG: three lines, then digits
+    if not isinstance(exif, bytes) and isinstance(profile, str):
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
+    if not isinstance(exif, bytes):
+        return image
+    prefix = b"Exif\0\0"  # Pillow puts one before what some files have put one before already
+    method = _TRANSPOSED.get(_orientation(exif.removeprefix(prefix).removeprefix(prefix)))
+    return image.transpose(method) if method is not None else image
+
+
+def _orientation(exif: bytes) -> int:
+    """Tag 274 of the first directory (TIFF 6.0, page 13 and following); 1 if there is none."""
+    order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
+
+    def number(begin: int, size: int) -> int:
+        return int.from_bytes(exif[begin : begin + size], order)
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(exif)), 12):
+        size = _TIFF_INTEGERS.get(number(entry + 2, 2))
+        if number(entry, 2) == _ORIENTATION_TAG and size and number(entry + 4, 4) == 1:
+            return number(entry + 8, size)
+    return 1
 
 
 def _fit(image: Image.Image, side: int, resample: str) -> Image.Image:
@@ -204,7 +310,12 @@ def _fit(image: Image.Image, side: int, resample: str) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """RGB, grey, or RGBA where something is transparent; Pillow itself would make nearly all of 16-bit grey white."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        deep, key = np.asarray(image).clip(0, 65535), image.info.get("transparency")
+        image = Image.fromarray((deep // 257).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8)))
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")  # nobody stores a picture of nothing: the fourth byte was never filled in
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image if image.mode in {"RGB", "L"} else image.convert("RGB")

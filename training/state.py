@@ -231,7 +231,7 @@ class TrainingState:
                 "images": n_training,
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
-                "order_sha256": self.data.order_sha256(),
+                "source_sha256": self.data.source_sha256,
                 "teachers": self.teachers,
                 "code_changed": self.code_changed,
                 "seconds": progress.seconds,

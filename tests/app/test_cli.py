@@ -161,6 +161,11 @@ def test_a_folder_or_a_glob_gives_each_image_once(photos, pattern, order):
     assert list(find_images(expand([pattern]))) == [photos[i] for i in order]
 
 
+def test_a_jpeg_from_windows_is_an_image_too(photos):
+    Path("photos/b/PHOTO.JFIF").touch()
+    assert list(find_images(["photos/b"])) == ["photos/b/PHOTO.JFIF", "photos/b/z.png"]
+
+
 def test_a_glob_of_files_takes_them_whatever_they_are_called(photos):
     assert list(find_images(expand(["photos/[ab]/*.*"]))) == ["photos/a/note.txt", "photos/a/x.png", "photos/b/z.png"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
+from app.cli_classify import SUFFIXES
 from app.images import DecodeLimits, ResizeRule, decode_image
+from tests.app.test_images import bmp, png
 from tests.training.conftest import CIFAR10
-from training.data import ImageSet, load_images, split_validation
+from training.data import IMAGE_SUFFIXES, ImageSet, load_images, split_validation
 from training.errors import DataError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -75,6 +79,54 @@ def test_a_class_may_be_named_train(folder_of: FolderOf) -> None:
     folder = folder_of("cat", "dog")
     (folder / "cat").rename(folder / "train")
     assert load_images(folder, "train", 32).classes == load_images(folder, "test", 32).classes == ["dog", "train"]
+
+
+def test_a_class_named_train_may_be_a_split(folder_of: FolderOf) -> None:
+    """Half of the classes must not be left out unsaid."""
+    folder = folder_of("cat", "dog")
+    for year in ("2024", "2025"):
+        shutil.copytree(CIFAR10 / "truck", folder / "train" / year)
+    with pytest.raises(DataError, match=r"/train holds folders, as a split does, and lies beside 'cat', as a class does"):
+        load_images(folder, "train", 32)
+
+
+def test_hidden_folders_do_not_decide_what_train_is(folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = folder_of("cat", "dog")
+    (folder / "cat").rename(folder / "train")
+    (folder / "train" / ".cache").mkdir()
+    assert load_images(folder, "train", 32).classes == ["dog", "train"]
+    shutil.copytree(CIFAR10 / "cat", tmp_path / "train" / "cat")
+    shutil.copytree(CIFAR10 / "dog", tmp_path / "train" / "dog")
+    (tmp_path / ".cache").mkdir()
+    assert load_images(tmp_path, "train", 32).classes == ["cat", "dog"]
+
+
+def test_linked_folders_are_read_once(folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = folder_of("cat", "dog")
+    shutil.copytree(CIFAR10 / "truck", tmp_path / "more" / "deep")
+    (folder / "cat" / "more").symlink_to(tmp_path / "more")
+    (folder / "cat" / "again").symlink_to(tmp_path / "more" / "deep")
+    (folder / "cat" / "all").symlink_to("..")
+    (folder / "dog" / "other").symlink_to("../cat")
+    (folder / "bird").symlink_to(CIFAR10 / "bird")
+    data = load_images(folder, "train", 32)
+    assert data.classes == ["bird", "cat", "dog"]
+    assert data.labels.tolist() == [0] * 20 + [1] * 40 + [2] * 20
+    assert len({image.numpy().tobytes() for image in data.images}) == 80
+
+
+def test_a_folder_that_cannot_be_looked_into(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of("cat", "dog")
+    monkeypatch.chdir(folder / "cat")
+    for _ in range(30):  # deeper than a path can name
+        Path("d" * 200).mkdir()
+        os.chdir("d" * 200)
+    with pytest.raises(DataError, match=r"/cat/d.* cannot be looked into: File name too long"):
+        load_images(folder, "train", 32)
+
+
+def test_the_same_files_are_images_for_training_and_for_the_command_line() -> None:
+    assert IMAGE_SUFFIXES == SUFFIXES
 
 
 def test_what_is_not_read_is_counted(folder_of: FolderOf, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,8 +198,48 @@ def test_a_picture_is_read_as_the_service_reads_it(folder_of: FolderOf, cat: Ima
         picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     else:
         picture = picture.convert(mode)
-    path = put(picture, folder / "odd" / "image.png", **options)
-    served = decode_image(path.read_bytes(), ResizeRule(32, "crop", "bilinear"), DecodeLimits(10**6, 10**4)).pixels
+    put(picture, folder / "odd" / "image.png", **options)
+    assert_read_as_served(folder)
+
+
+TONES = np.where(np.arange(32)[:, None] < 16, 40_000, np.full((32, 32), 1000))
+BITS = (TONES == 1000).astype(np.uint8)
+UNFILLED = np.zeros((32, 32, 4), np.uint8)
+UNFILLED[..., 2] = 200
+FILES = {
+    "grey of 16 bits, a tone transparent": png(0, struct.pack(">H", 1000), TONES),
+    "RGB of 16 bits, a tone transparent": png(2, struct.pack(">HHH", 1000, 1000, 1000), TONES[..., None].repeat(3, axis=2)),
+    "two colours in bytes": bmp(8, 2, b"", BITS),
+    "two colours in half bytes": bmp(4, 2, b"", BITS[:, ::2] * 0x11),
+    "alpha never filled in": bmp(32, 0, struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000), UNFILLED),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_pillow_misreads_is_read_as_the_service_reads_it(folder_of: FolderOf, name: str) -> None:
+    folder = folder_of("dog")
+    (folder / "odd").mkdir()
+    (folder / "odd" / "image.png").write_bytes(FILES[name])
+    assert_read_as_served(folder)
+
+
+TURNED = struct.pack("<HHHIIHHII", 2, 0x0112, 3, 1, 6, 0x8769, 4, 1, 0xFFFF)  # and a directory that is not there
+EXIF = {"cut": b"II*\0\x08", "garbage": b"none of this is EXIF", "turned": b"II*\0\x08\0\0\0" + TURNED}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")  # of Pillow, as it opens a JPEG
+@pytest.mark.parametrize("exif", EXIF)
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_odd_exif_is_read_as_the_service_reads_it(folder_of: FolderOf, cat: Image.Image, suffix: str, exif: str) -> None:
+    folder = folder_of("dog")
+    put(cat.resize((50, 40)), folder / "odd" / f"image.{suffix}", exif=b"Exif\0\0" + EXIF[exif])
+    assert_read_as_served(folder)
+
+
+def assert_read_as_served(folder: Path) -> None:
+    """The last image of the last class."""
+    data = max(folder.glob("odd/*")).read_bytes()
+    served = decode_image(data, ResizeRule(32, "crop", "bilinear"), DecodeLimits(10**6, 10**4)).pixels
     assert torch.equal(load_images(folder, "train", 32).images[-1], torch.from_numpy(served.copy()).permute(2, 0, 1))
 
 
@@ -198,6 +290,16 @@ def test_unreadable_images_are_named(folder_of: FolderOf, cat: Image.Image, kind
         load_images(folder, "train", 32)
 
 
+def test_whatever_a_decoder_fails_with_the_file_is_named(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise struct.error("unpack requires a buffer of 2 bytes")
+
+    folder = folder_of("cat", "dog")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataError, match=rf"{folder}/cat/.*\.webp cannot be read as an image \(unpack requires"):
+        load_images(folder, "train", 32)
+
+
 @pytest.mark.parametrize(("fraction", "held"), [(0.05, 1), (0.1, 2), (0.25, 5), (0.5, 10), (0.001, 1)])
 def test_validation_holds_out_the_same_share_of_every_class(photos: ImageSet, fraction: float, held: int) -> None:
     training, validation = split_validation(photos, fraction)
@@ -240,6 +342,28 @@ def test_fingerprint_is_of_pixels_labels_and_names(photos: ImageSet) -> None:
     assert len({photos.fingerprint(), *(other.fingerprint() for other in others)}) == 5
 
 
+def test_the_source_is_the_same_at_any_size_and_another_with_any_other_file(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog", "frog")
+    before = load_images(folder, "train", 32)
+    assert before.source_sha256 == load_images(folder, "train", 40, "bicubic").source_sha256
+    sources = {before.source_sha256}
+    (folder / "frog").rename(folder / "toad")
+    sources.add(load_images(folder, "train", 32).source_sha256)
+    cat, dog = min(folder.glob("cat/*")), min(folder.glob("dog/*"))
+    data = cat.read_bytes(), dog.read_bytes()
+    cat.write_bytes(data[1])
+    dog.write_bytes(data[0])  # as many files of each class, and the same files at that
+    sources.add(load_images(folder, "train", 32).source_sha256)
+    cat.unlink()
+    sources.add(load_images(folder, "train", 32).source_sha256)
+    assert len(sources) == 4
+    assert None not in sources
+
+
+def test_a_part_has_no_source(photos: ImageSet) -> None:
+    assert [part.source_sha256 for part in split_validation(photos, 0.25)] == [None, None]
+
+
 @pytest.fixture
 def torchvision_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: ImageSet) -> None:
     """The 200 images as torchvision stores CIFAR-10, where `load_images` looks for it; torchvision told their checksums."""
@@ -278,6 +402,7 @@ def test_torchvisions_cifar10_is_brought_to_size_as_a_folder_is(photos: ImageSet
     assert torch.equal(train.images, folder.images[::2])
     assert train.images.shape == (100, 3, 48, 48)
     assert train.enlarged_from == folder.enlarged_from == 32
+    assert train.source_sha256 == load_images(None, "train", 32).source_sha256 != load_images(None, "test", 32).source_sha256
     assert load_images(CIFAR10, "train", 32).enlarged_from is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, pho
     config = replace(
         TINY, seed=5, epochs=12, lr=0.02, ema_decay=0.0, distill_weight=1.0, augment=AugmentConfig(crop_scale=1.0, flip=0.0)
     )
-    shuffled = replace(photos, labels=photos.labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))])
+    shuffled = ImageSet(
+        photos.images, photos.labels[torch.randperm(200, generator=torch.Generator().manual_seed(0))], photos.classes
+    )
     path = train(config, shuffled, tmp_path, QUIET, teachers=[trained])
     teacher, student = (
         compute_logits(build_model(load_checkpoint(p)), photos, config, CPU).log_softmax(1) for p in (trained, path)
@@ -114,6 +117,34 @@ def test_a_teacher_that_has_learnt_what_is_held_out(trained: Path, photos: Image
     fewer = ImageSet(photos.images[1:], photos.labels[1:], photos.classes)
     Distillation([trained], TINY, fewer, CPU)
     assert "was trained with other images of the same classes" in capsys.readouterr().err
+
+
+def test_other_pictures_of_the_same_classes_are_not_the_teachers(
+    trained: Path, photos: ImageSet, folder_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many there are of each class, they may be held out."""
+    folder = folder_of(*photos.classes)
+    (folder / "cat").rename(folder / "old")
+    (folder / "dog").rename(folder / "cat")
+    (folder / "old").rename(folder / "dog")
+    half = replace(TINY, val_fraction=0.5)
+    for others in (load_images(folder, "train", 32), ImageSet(255 - photos.images, photos.labels, photos.classes)):
+        assert torch.equal(others.labels, photos.labels)
+        Distillation([trained], half, others, CPU)
+        assert "was trained with other images of the same classes" in capsys.readouterr().err
+
+
+def test_of_an_older_teacher_only_the_pixels_are_known(
+    trained: Path, photos: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, older = load_checkpoint(trained), tmp_path / "older.safetensors"
+    training = {name: value for name, value in checkpoint.description["training"].items() if name != "source_sha256"}
+    save_checkpoint(older, checkpoint.tensors, {**checkpoint.description, "training": training})
+    with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
+        Distillation([older], replace(TINY, val_fraction=0.5), photos, CPU)
+    assert capsys.readouterr().err == ""
+    Distillation([older], replace(TINY, image_size=40, val_fraction=0.5), load_images(CIFAR10, "train", 40), CPU)
+    assert "in another order or size" in capsys.readouterr().err
 
 
 def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet, tmp_path: Path) -> None:

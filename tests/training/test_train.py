@@ -129,6 +129,7 @@ def test_releases_all_that_evaluation_and_export_need(trained: Path, photos: Ima
     assert TrainConfig.from_dict(training["config"]) == TINY
     assert (training["images"], training["validation_images"]) == (190, 10)
     assert training["data_sha256"] == photos.fingerprint()
+    assert training["source_sha256"] == photos.source_sha256
     assert training["torch"] == torch.__version__
     assert [row["epoch"] for row in training["history"]] == [1, 2]
     assert all(row["image_size"] == 32 and row["seconds"] > 0 for row in training["history"])
