@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ class Checkpoint:
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Writes a checkpoint atomically: temporary name, flush to disk, rename.
 
+    A copy of the description that could not be written is no failure: standard error says so.
+
     Raises:
         OSError: it could not be written, e.g. the disk is full; an older file of that name is untouched.
     """
@@ -61,9 +65,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[st
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sidecar = path.with_suffix(".json.tmp")
-    sidecar.write_text(json.dumps(description, indent=2) + "\n")
-    sidecar.replace(path.with_suffix(".json"))
+    _write_copy(path.with_suffix(".json"), description)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -101,3 +103,17 @@ def build_model(checkpoint: Checkpoint) -> Network:
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"not a model checkpoint: {error}") from error
     return model.eval()
+
+
+def _write_copy(path: Path, description: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        print(f"{path} could not be written: {error.strerror}; the checkpoint is complete without it", file=sys.stderr)
+        with suppress(OSError):
+            path.unlink()  # it describes the checkpoint before this one
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

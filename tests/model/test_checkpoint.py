@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,41 @@ def test_a_reader_beside_a_run_that_saves_sees_one_whole_file(path: Path) -> Non
         writer.join()
 
 
+@contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    """The kernel refuses what is longer, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:
     save_checkpoint(path, {"t": torch.ones(1000)}, {"step": 1})
     before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses what is longer, as a full disk does
-    try:
-        with pytest.raises(OSError, match=r"net\.safetensors"):
-            save_checkpoint(path, {"t": torch.ones(100_000)}, {"step": 2})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(10_000), pytest.raises(OSError, match=r"net\.safetensors"):
+        save_checkpoint(path, {"t": torch.ones(100_000)}, {"step": 2})
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_without_room_for_its_copy_a_checkpoint_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(path, {"t": torch.ones(1)}, {"step": 1})
+    description = {"step": 2, "history": [0] * 2000}  # on lines of their own twice as long as in the header
+    with files_of_at_most(10_000):
+        save_checkpoint(path, {"t": torch.zeros(1)}, description)
+    assert load_checkpoint(path) == Checkpoint({"t": torch.zeros(1)}, description)
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "neither half a copy nor that of the checkpoint before"
+    assert "net.json could not be written: File too large; the checkpoint is complete" in capsys.readouterr().err
+
+
+def test_a_folder_in_the_place_of_the_copy_is_left_alone(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.with_suffix(".json").mkdir()
+    save_checkpoint(path, {"t": torch.ones(1)}, {"step": 1})
+    assert load_checkpoint(path).description == {"step": 1}
+    assert sorted(p.name for p in path.parent.iterdir()) == ["net.json", "net.safetensors"]
+    assert "net.json could not be written: Is a directory" in capsys.readouterr().err
 
 
 def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(path: Path) -> None:
@@ -177,22 +202,38 @@ def test_a_target_that_cannot_be_replaced_leaves_no_temporary_file(path: Path) -
     assert (path / "precious").read_text() == "stays"
 
 
-WRITER = """
-import sys, torch
+KILLS = """
+import os, signal, sys, time
 from pathlib import Path
-from model.checkpoint import save_checkpoint
-for step in range(10**6):
-    save_checkpoint(Path(sys.argv[1]), {"t": torch.full((200_000,), float(step))}, {"step": step})
-    print(step, flush=True)
+import torch
+from model.checkpoint import load_checkpoint, save_checkpoint
+
+torch.set_num_threads(1)  # a forked child has no other
+path = Path(sys.argv[1])
+
+def save(step):
+    save_checkpoint(path, {"t": torch.full((200_000,), float(step))}, {"step": step})
+
+begin = time.monotonic()
+save(0)
+took_s, last = time.monotonic() - begin, 0
+for moment in range(20):
+    writer = os.fork()
+    if not writer:
+        for step in range(last + 1, last + 200):  # it ends, too, if nobody is left to kill it
+            save(step)
+        os._exit(0)
+    time.sleep(took_s * moment / 10)
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    checkpoint = load_checkpoint(path)
+    step = checkpoint.description["step"]
+    assert step >= last, f"{step} after {last}"
+    assert (checkpoint.tensors["t"] == step).all()
+    last = step
 """
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_file(path: Path, repository: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(path)]
-    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        last = [int(writer.stdout.readline()) for _ in range(5)][-1]
-        writer.kill()
-    checkpoint = load_checkpoint(path)
-    assert checkpoint.description["step"] >= last
-    assert (checkpoint.tensors["t"] == checkpoint.description["step"]).all()
+def test_kills_spread_over_the_time_of_two_saves_leave_a_whole_file(path: Path, repository: Path) -> None:
+    kills = subprocess.run([sys.executable, "-c", KILLS, str(path)], cwd=repository, capture_output=True, text=True, check=False)
+    assert kills.returncode == 0, kills.stderr
