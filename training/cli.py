@@ -56,7 +56,10 @@ def train(
     ] = False,
     epochs: Annotated[int | None, typer.Option(help="Overrides the preset's number of epochs.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Overrides any setting; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Overrides any setting, e.g. lr=0.005 or normalize_mean=0.5,0.5,0.5; repeatable."
+        ),
     ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,

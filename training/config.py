@@ -1,18 +1,23 @@
 """Every choice of a training run in one typed place.
 
-The command line may override any field (`--set lr=0.005`); an unknown field or a value of the wrong type stops the run.
+The command line may override any field (`--set lr=0.005`, `--set normalize_mean=0.5,0.5,0.5`); an unknown field or a value of
+the wrong type stops the run. The number of classes alone is not chosen: the data have it.
 Complete, named descriptions of runs are in `training.presets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, TypeAlias, get_type_hints
 
 from model.architectures import ModelConfig, config_class, config_from_dict
 from model.convmixer import ConvMixerConfig
 from training.errors import ConfigError
+
+RGB: TypeAlias = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ class TrainConfig:
     distill_weight: float = 1.0
     distill_temperature: float = 1.0
     ema_decay: float = 0.998
-    normalize_mean: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)
-    normalize_std: tuple[float, float, float] = (0.2470, 0.2435, 0.2616)
+    normalize_mean: RGB = (0.4914, 0.4822, 0.4465)
+    normalize_std: RGB = (0.2470, 0.2435, 0.2616)
     val_fraction: float = 0.05
     seed: int = 0
 
@@ -117,6 +122,10 @@ class TrainConfig:
             "resample must be 'bilinear' or 'bicubic'": self.resample in ("bilinear", "bicubic"),
             "lr and muon_lr must be positive": min(self.lr, self.muon_lr) > 0,
             "muon_momentum must be in [0, 1)": 0 <= self.muon_momentum < 1,
+            "normalize_mean must be three numbers": len(self.normalize_mean) == 3
+            and all(map(math.isfinite, self.normalize_mean)),
+            "normalize_std must be three positive numbers": len(self.normalize_std) == 3
+            and all(0 < std < math.inf for std in self.normalize_std),
             "val_fraction must be in (0, 0.5]": 0 < self.val_fraction <= 0.5,
             "warmup must be in [0, 1)": 0 <= self.warmup < 1,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
@@ -198,12 +207,15 @@ class TrainConfig:
             owner = {"": TrainConfig, "model": model, "augment": AugmentConfig}.get(group)
             hints = get_type_hints(owner) if owner else {}
             kind = hints.get(name)
-            if kind not in (int, float, str):
+            if path == _NUM_CLASSES:
+                raise ConfigError(f"{path} cannot be set: it is the number of classes in the data")
+            if kind not in _KINDS:
                 raise ConfigError(f"unknown setting {path!r}; known: {', '.join(settable_fields(model))}")
+            parse, what = _KINDS[kind]
             try:
-                (values[group] if group else values)[name] = kind(text)
+                (values[group] if group else values)[name] = parse(text)
             except ValueError as error:
-                raise ConfigError(f"{path}={text!r} is not {'an integer' if kind is int else 'a number'}") from error
+                raise ConfigError(f"{path}={text!r} is not {what}") from error
         return TrainConfig.from_dict(values)
 
 
@@ -211,5 +223,20 @@ def settable_fields(model: type[ModelConfig] = ConvMixerConfig) -> list[str]:
     """Names that `TrainConfig.override` understands when the network is of that kind."""
     owners = {"": TrainConfig, "model.": model, "augment.": AugmentConfig}
     hints = {prefix: get_type_hints(owner) for prefix, owner in owners.items()}
-    names = [prefix + name for prefix, kinds in hints.items() for name, kind in kinds.items() if kind in (int, float, str)]
-    return [*names, "model.architecture"]
+    names = [prefix + name for prefix, kinds in hints.items() for name, kind in kinds.items() if kind in _KINDS]
+    return [*(name for name in names if name != _NUM_CLASSES), "model.architecture"]
+
+
+def _parse_rgb(text: str) -> RGB:
+    red, green, blue = map(float, text.split(","))
+    return red, green, blue
+
+
+_NUM_CLASSES = "model.num_classes"
+_KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    int: (int, "an integer"),
+    float: (float, "a number"),
+    str: (str, "a text"),
+    RGB: (_parse_rgb, "three numbers with commas between them, e.g. 0.5,0.5,0.5"),
+}
+"""What a text is parsed with by the type of the field, and what it then is."""

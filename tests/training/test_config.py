@@ -9,7 +9,7 @@ import pytest
 
 from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
 from model.vit import ViTConfig
-from training.config import TrainConfig, settable_fields
+from training.config import AugmentConfig, TrainConfig, settable_fields
 from training.errors import ConfigError
 from training.presets import PRESETS, get_preset
 
@@ -61,7 +61,23 @@ def test_every_field_it_names_can_be_set() -> None:
     for name in settable_fields():
         group, _, key = name.rpartition(".")
         value = getattr(getattr(config, group) if group else config, key)
-        assert config.override({name: str(value)}) == config
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert config.override({name: text}) == config
+
+
+def test_only_the_number_of_classes_is_not_chosen() -> None:
+    fields = {f"model.{name}" for name in vars(ConvMixerConfig())} | {f"augment.{name}" for name in vars(AugmentConfig())}
+    fields |= vars(TrainConfig()).keys() - {"model", "augment"}
+    assert fields - set(settable_fields()) == {"model.num_classes"}
+    for architecture in ("convmixer", "vit", "mlp-mixer"):
+        with pytest.raises(ConfigError, match=r"model\.num_classes cannot be set: it is the number of classes in the data"):
+            TrainConfig().override({"model.architecture": architecture, "model.num_classes": "10"})
+
+
+def test_colours_are_three_numbers() -> None:
+    config = TrainConfig().override({"normalize_mean": "0.5,0.25, 0", "normalize_std": "1,1,2"})
+    assert (config.normalize_mean, config.normalize_std) == ((0.5, 0.25, 0), (1, 1, 2))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
@@ -79,7 +95,7 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lrate", "model.width", "augment.epochs", "optimizer.lr", "", "model", "normalize_mean", "a.b.c"]
+    "name", ["lrate", "model.width", "augment.epochs", "optimizer.lr", "", "model", "normalize_mean.0", "a.b.c"]
 )
 def test_unknown_setting_is_refused_and_the_known_ones_are_listed(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"unknown setting '{name}'; known: image_size, .*model\.depth.*augment\.flip"):
@@ -94,6 +110,11 @@ def test_unknown_setting_is_refused_and_the_known_ones_are_listed(name: str) -> 
         ("model.depth", "eight", "an integer"),
         ("lr", "fast", "a number"),
         ("augment.flip", "yes", "a number"),
+        ("normalize_mean", "0.5", "three numbers with commas between them, e.g. 0.5,0.5,0.5"),
+        ("normalize_mean", "0.5,0.5,0.5,0.5", "three numbers"),
+        ("normalize_std", "0.5;0.5;0.5", "three numbers"),
+        ("normalize_std", "a,b,c", "three numbers"),
+        ("normalize_std", "", "three numbers"),
     ],
 )
 def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
@@ -117,6 +138,9 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
         ("val_fraction", "0"),
         ("val_fraction", "0.6"),
         ("val_fraction", "nan"),
+        ("normalize_mean", "0,0,nan"),
+        ("normalize_std", "1,1,0"),
+        ("normalize_std", "1,1,inf"),
         ("warmup", "1"),
         ("ema_decay", "1"),
         ("weight_decay", "-0.1"),
@@ -144,7 +168,14 @@ def test_values_without_sense_are_refused_by_name(name: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"epoch": 3}, {"model": {"width": 3}}, {"augment": {"blur": 1}}, {"epochs": "three"}, {"model": {"depth": 1.5}}],
+    [
+        {"epoch": 3},
+        {"model": {"width": 3}},
+        {"augment": {"blur": 1}},
+        {"epochs": "three"},
+        {"model": {"depth": 1.5}},
+        {"normalize_mean": [0.5]},
+    ],
 )
 def test_a_stored_description_that_does_not_fit(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
