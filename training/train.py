@@ -34,7 +34,7 @@ from training.data import ImageSet, split_validation
 from training.distill import Distillation
 from training.distributed import join, local_device
 from training.ema import MovingAverage
-from training.errors import DataError, DivergenceError, ResumeError, Stopped, StorageError
+from training.errors import ConfigError, DataError, DivergenceError, ResumeError, Stopped, StorageError
 from training.evaluate import compute_logits
 from training.fused import use_cpu_kernels
 from training.muon import Muon, hidden_matrices
@@ -76,7 +76,8 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     Raises:
         DataError: fewer images than one batch.
-        ConfigError: `init` holds another network, a teacher other classes, or the batch does not divide by the processes.
+        ConfigError: `init` holds another network, a teacher other classes, the batch does not divide by the processes, or the
+            run's one step would have a learning rate of 0.
         CheckpointError: `init` or a teacher is not a released checkpoint.
         ResumeError: there is nothing to resume, or it belongs to another run; or a new run would overwrite one.
         DivergenceError: the loss became NaN or infinite.
@@ -89,6 +90,11 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
     if steps_per_epoch == 0:
         raise DataError(f"{len(training)} training images do not fill one batch of {config.batch_size}")
     total_steps = config.epochs * steps_per_epoch
+    if total_steps == 1 and config.schedule == "one-cycle":
+        raise ConfigError(
+            "the run has one step, and the one-cycle schedule ends with a learning rate of 0: it would learn nothing; "
+            "give more --epochs or a smaller batch_size"
+        )
 
     device = torch.device(local_device(runtime.device))
     images, labels = training.images.to(device), training.labels.to(device)

@@ -319,7 +319,7 @@ def test_event_files_hold_the_history(animals: ImageSet, tmp_path: Path) -> None
 def test_runtime_suits_the_machine() -> None:
     runtime = Runtime.detect(tensorboard=False)
     assert runtime.device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert runtime.precision in ("float32", "bf16")
+    assert runtime.precision in ("bf16", "fp16" if runtime.device == "cuda" else "float32")
     assert not runtime.tensorboard
     assert hardware(QUIET).endswith("1 threads")
 
@@ -328,6 +328,16 @@ def test_runtime_suits_the_machine() -> None:
 def test_too_few_images_for_one_batch(animals: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="57 training images do not fill one batch of 64"):
         train(replace(TINY, batch_size=64), animals, tmp_path, QUIET)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_that_would_learn_nothing_is_refused(animals: ImageSet, tmp_path: Path) -> None:
+    config = replace(TINY, epochs=1, batch_size=57)
+    with pytest.raises(ConfigError, match=r"the run has one step, .* it would learn nothing; give more --epochs or a smaller"):
+        train(config, animals, tmp_path, QUIET)
+    assert not list(tmp_path.iterdir())
+    train(replace(config, epochs=2), animals, tmp_path / "two", QUIET)
+    train(replace(config, schedule="constant"), animals, tmp_path / "constant", QUIET)
 
 
 # Stopping, killing, resuming
