@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import matplotlib as mpl
 
@@ -44,12 +46,12 @@ def write_card(
     """
     pictures = output.parent / "images"
     pictures.mkdir(parents=True, exist_ok=True)
-    stem = artifact["name"]
+    stem = re.sub(r"[^\w.-]+", "-", artifact["name"]).strip(".-") or "model"  # a name may hold what no file's may
     draw_curves(checkpoint.description["training"], pictures / f"{stem}-curves.png")
     draw_confusion(evaluation, checkpoint.description["classes"], pictures / f"{stem}-confusion.png")
     draw_reliability(evaluation["bins"], pictures / f"{stem}-reliability.png")
     draw_mistakes(evaluation["mistakes"], data, pictures / f"{stem}-mistakes.png")
-    output.write_text(_markdown(checkpoint.description, evaluation, artifact, stem))
+    output.write_text(_markdown(checkpoint.description, evaluation, artifact, quote(stem)))
 
 
 def render_card(card: Path) -> str:
@@ -68,7 +70,7 @@ def render_card(card: Path) -> str:
             tokens.append(token)
     for inline in [child for token in tokens for child in token.children or ()]:
         if inline.type == "image":
-            picture = card.parent / str(inline.attrs["src"])
+            picture = card.parent / unquote(str(inline.attrs["src"]))
             with Image.open(picture) as image:
                 inline.attrs["width"], inline.attrs["height"] = image.size  # the page does not jump when it is drawn
             inline.attrs["src"] = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
@@ -183,14 +185,16 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
             f"{names}: the distance to {answers} to the same pictures is {config['distill_weight']:.0%} of the loss "
             "(arXiv 2106.05237)"
         )
-    validation = description["calibration"].get("accuracy", training["history"][-1]["val_accuracy"])
-    if averaged := training.get("averaged"):
+    averaged = training.get("averaged", {})
+    # checkpoints of before calibration measured it have it where it was measured last
+    validation = description["calibration"].get("accuracy", {**training["history"][-1], **averaged}["val_accuracy"])
+    if averaged:
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
         batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
     small = artifact["resize"].get("through")
     trained = config.get("train_size") or artifact["input_size"]
     side = small or trained
-    enlarged = f", enlarged to {trained} × {trained}" if small else ""
+    scaled = f", {'enlarged' if trained > small else 'reduced'} to {trained} × {trained}" if small not in (None, trained) else ""
     resized = f", in training {trained} × {trained}" if trained != artifact["input_size"] else ""
     through = f", by way of {small} × {small}" if small else ""
     seen = " **These are the images it was trained with: this says nothing of new ones.**"
@@ -233,7 +237,7 @@ Made by:
 ## What it is for
 
 Telling which of {len(description["classes"])} classes a picture shows: {", ".join(description["classes"])}. In training
-each had {side} × {side} pixels{enlarged}, so large photos are judged by their rough shape and colour, and
+each had {side} × {side} pixels{scaled}, so large photos are judged by their rough shape and colour, and
 a picture of anything else still gets one of these labels: look at `in_distribution`.
 
 ## Training

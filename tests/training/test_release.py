@@ -27,7 +27,7 @@ from training.data import ImageSet, load_images
 from training.errors import DataError
 from training.evaluate import evaluate
 from training.release import export_artifact, load_evaluation, write_card_for
-from training.report import render_card
+from training.report import render_card, write_card
 from training.train import train
 
 NAMED = {"name": "tiny", "version": "9.8.7", "command": "convmixer-train train --preset cpu"}
@@ -61,10 +61,13 @@ def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("train_size", "scaled"), [(34, ", enlarged to 34 × 34"), (32, ""), (30, ", reduced to 30 × 30")])
+def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(
+    tmp_path: Path, train_size: int, scaled: str
+) -> None:
     images = load_images(CIFAR10, "train", 36, "bicubic")
     assert images.enlarged_from == 32
-    config = replace(TINY, image_size=36, train_size=34, resample="bicubic", epochs=1)
+    config = replace(TINY, image_size=36, train_size=train_size, resample="bicubic", epochs=1)
     checkpoint = train(config, images, tmp_path, QUIET)
     evaluate(checkpoint, CIFAR10, tmp_path / "evaluation.json", "cpu")
     export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
@@ -72,8 +75,9 @@ def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_firs
     assert found["resize"] == {"mode": "crop", "filter": "bicubic", "through": 32}
     write_card_for(checkpoint, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text()
-    assert "| Input | 36 × 36 RGB, in training 34 × 34; other shapes: crop, bicubic, by way of 32 × 32 |" in card
-    assert "each had 32 × 32 pixels, enlarged to 34 × 34, so" in card
+    training = f"in training {train_size} × {train_size}"
+    assert f"| Input | 36 × 36 RGB, {training}; other shapes: crop, bicubic, by way of 32 × 32 |" in card
+    assert f"each had 32 × 32 pixels{scaled}, so" in card
 
 
 def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> None:
@@ -115,6 +119,40 @@ def test_the_services_card_is_the_same_and_needs_no_other_file(artifact: Path, e
         assert base64.b64encode(picture.read_bytes()).decode() in html
     assert "src=" not in re.sub(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", html)
     assert f"<strong>{load_evaluation(evaluated)['top1']:.2%}</strong>" in html
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("my cats", "my-cats"), ("../a/b", "a-b"), ("größe 100% (neu)", "größe-100-neu"), ("?", "model")]
+)
+def test_a_models_name_need_not_be_a_files(
+    artifact: Path, evaluated: Path, photos: ImageSet, tmp_path: Path, name: str, stem: str
+) -> None:
+    card = tmp_path / "my card.md"
+    write_card(load_checkpoint(evaluated), load_evaluation(evaluated), metadata(artifact) | {"name": name}, photos, card)
+    assert card.read_text().startswith(f"# Model card: {name} 9.8.7\n")
+    pictures = list((tmp_path / "images").iterdir())
+    assert {p.name for p in pictures} == {f"{stem}-{kind}.png" for kind in ("confusion", "curves", "mistakes", "reliability")}
+    html = render_card(card)
+    for picture in pictures:
+        assert base64.b64encode(picture.read_bytes()).decode() in html
+
+
+def test_the_card_has_the_validation_accuracy_that_was_measured_last(
+    artifact: Path, evaluated: Path, photos: ImageSet, tmp_path: Path
+) -> None:
+    """Earlier versions measured it at the end of each epoch, then for a mean of several, and not when calibrating."""
+    checkpoint, card = load_checkpoint(evaluated), tmp_path / "card.md"
+    training, calibration = checkpoint.description["training"], checkpoint.description["calibration"]
+    training["history"][-1]["val_accuracy"] = 0.25
+    del calibration["accuracy"]
+    for owner, changes, said in (
+        (training, {}, "25.00%"),
+        (training, {"averaged": {"sha256": ["0" * 64], "val_accuracy": 0.5}}, "50.00%"),
+        (calibration, {"accuracy": 0.75}, "75.00%"),
+    ):
+        owner.update(changes)
+        write_card(checkpoint, load_evaluation(evaluated), metadata(artifact), photos, card)
+        assert f"| Validation accuracy | {said} (" in card.read_text()
 
 
 @pytest.mark.parametrize("name", ["accurate", "fast"])
