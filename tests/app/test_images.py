@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
-import time
+import sys
 import zlib
 
 import numpy as np
@@ -309,24 +309,36 @@ def tiff(entries: list[tuple[int, int, int, bytes]], more: bytes = b"") -> bytes
     return b"II*\0" + struct.pack("<I", 8) + directory + more
 
 
+def decoder_calls(data: bytes) -> int:
+    """How often Pillow hands its decoder bytes: the same on every machine, which the time it takes is not."""
+    calls = 0
+
+    def count(_frame: object, event: str, function: object) -> None:
+        nonlocal calls
+        of_decoder = type(getattr(function, "__self__", None)).__name__ == "ImagingDecoder"
+        calls += event == "c_call" and of_decoder and function.__name__ == "decode"
+
+    sys.setprofile(count)
+    try:
+        with contextlib.suppress(UndecodableImage):
+            decode(data)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
 def test_bytes_that_decode_to_nothing_are_looked_at_once(picture):
     """Pillow hands libjpeg what could not be decoded yet again and again, with 64 KiB more each time."""
     jpeg = encode(picture, "JPEG")
     begin = jpeg.index(b"\xff\xda") + 14
-    before = time.thread_time()
-    with contextlib.suppress(UndecodableImage):
-        decode(jpeg[:begin] + b"\xff" * 32_000_000)
-    assert time.thread_time() - before < 2, "it was six and more"
+    assert 1 <= decoder_calls(jpeg[:begin] + b"\xff" * 32_000_000) <= 2, "in pieces it would be 488"
 
 
 def test_a_tiny_file_of_a_large_picture_is_decoded_in_large_pieces():
-    """Pillow copies what it has of a line for each piece; of the file's own length they would be millions."""
+    """Pillow copies what it has of a line for each piece; of the file's own length they would be tens of thousands."""
     small = encode(Image.new("RGB", (2000, 500)), "WEBP", lossless=True)
     assert len(small) < 200
-    heartbeats: list[None] = []
-    before = time.thread_time()
-    decode_image(small, RULE, LIMITS, heartbeat=lambda: heartbeats.append(None))
-    assert time.thread_time() - before < 1
+    assert 1 <= decoder_calls(small) < 100
 
 
 def test_exif_is_read_no_further_than_the_orientation(picture):
