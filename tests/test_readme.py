@@ -1,4 +1,4 @@
-"""The README's commands and its answer are true."""
+"""The README's first answer is the server's; the commands, make targets and files it names exist."""
 
 from __future__ import annotations
 
