@@ -34,7 +34,7 @@ from app.errors import ServiceError
 from app.images import DecodeLimits, ResizeRule, decode_image
 from model.architectures import Network
 from model.checkpoint import build_model, load_checkpoint
-from training.augment import normalization
+from training.augment import preprocessing
 from training.config import TrainConfig
 from training.data import load_images
 
@@ -99,7 +99,7 @@ def decode_all(files: list[Path], rule: ResizeRule) -> tuple[NDArray[np.uint8], 
 @torch.inference_mode()
 def features(network: Network, images: Tensor, config: TrainConfig) -> Tensor:
     """Pooled features before the head: uint8 [N, 3, S, S] → float32 [N, h]."""
-    normalize = normalization(config)
+    normalize = preprocessing(config)
     batches = tqdm(images.split(250), desc="features", leave=False)
     return torch.cat([network.forward_features(normalize(batch)).mean((2, 3)) for batch in batches])
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from model.architectures import Network, count_macs
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
+from model.enlarge import Enlarge
 from model.errors import ExportError
 
 CONTRACT = "convmixer-artifact/1"
@@ -41,11 +42,13 @@ class Servable(nn.Module):
         class_means: see `model.checkpoint.CLASS_MEANS`, float [C, h].
         mean: per-channel mean of pixels in [0, 1] that the network was trained with.
         std: per-channel standard deviation, likewise.
+        enlarge: what the network does with pixels in 0..255 before it looks at them.
     """
 
-    def __init__(self, model: Network, class_means: Tensor, mean: list[float], std: list[float]) -> None:
+    def __init__(self, model: Network, class_means: Tensor, mean: list[float], std: list[float], enlarge: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.enlarge = enlarge
         self.directions = nn.Parameter(nn.functional.normalize(class_means))
         # conv(w, (x/255 - mean)/std) = conv(w/(255·std), x) - Σ w·mean/std, since a stride-p patch has no padding
         scale = 1 / torch.tensor(std).view(1, -1, 1, 1)
@@ -57,11 +60,11 @@ class Servable(nn.Module):
             conv.weight *= scale / 255
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, S/p, S/p], similarity float32 [N].
+        """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, V/p, V/p], similarity float32 [N].
 
         logits = mean over positions of class maps + bias; similarity is `training.metrics.feature_similarity`.
         """
-        features = self.model.forward_features(images.permute(0, 3, 1, 2).float())
+        features = self.model.forward_features(self.enlarge(images.permute(0, 3, 1, 2).float()))
         class_maps = nn.functional.conv2d(features, self.model.head.weight[:, :, None, None])
         pooled = features.mean((2, 3))
         similarity = (nn.functional.normalize(pooled) @ self.directions.T).amax(1)
@@ -104,18 +107,19 @@ def export(
     if CLASS_MEANS not in checkpoint.tensors:
         raise ExportError("the checkpoint has no class means; run `convmixer-train calibrate` on it")
     description = checkpoint.description
-    side = description["image_size"]
+    view = _view(description)
     reference = build_model(checkpoint)
     complete = {
         "contract": CONTRACT,
         **metadata,
         "classes": description["classes"],
-        "input_size": side,
+        "input_size": description["image_size"],
+        "view_size": view,
         "temperature": description["calibration"]["temperature"],
         "out_of_distribution": {"score": score, "threshold": description["calibration"]["thresholds"][score]},
         "architecture": description["name"],
         "parameters": description["parameters"],
-        "macs": count_macs(reference.config, side),
+        "macs": count_macs(reference.config, view),
         "code_version": description["code_version"],
     }
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -130,9 +134,20 @@ def export(
     return parity
 
 
+def _view(description: dict[str, Any]) -> int:
+    view: int = description.get("view_size", description["image_size"])  # checkpoints of before networks enlarged have none
+    return view
+
+
+def _enlargement(description: dict[str, Any], white: float) -> nn.Module:
+    side, view = description["image_size"], _view(description)
+    return nn.Identity() if view == side else Enlarge(side, view, description["resample"], white)
+
+
 def _write_graph(model: Network, class_means: Tensor, description: dict[str, Any], path: Path) -> None:
     side = description["image_size"]
-    servable = Servable(model, class_means, description["normalize_mean"], description["normalize_std"]).eval()
+    mean, std = description["normalize_mean"], description["normalize_std"]
+    servable = Servable(model, class_means, mean, std, _enlargement(description, white=255.0)).eval()
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         servable,
@@ -176,13 +191,14 @@ def check_parity(
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     mean, std = (torch.tensor(description[k]).view(1, 3, 1, 1) for k in ("normalize_mean", "normalize_std"))
+    enlarge = _enlargement(description, white=1.0)
     chunks = [images[:n] for n in PARITY_BATCHES]
     chunks += [images[i : i + _PARITY_CHUNK] for i in range(0, len(images), _PARITY_CHUNK)]
     difference, similarity_difference, equal, compared = 0.0, 0.0, 0, 0
     for number, chunk in enumerate(chunks):
         outputs = session.run(["logits", "class_maps", "similarity"], {"images": chunk})
         logits, class_maps, similarity = (np.asarray(output) for output in outputs)
-        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255
+        pixels = enlarge(torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255)
         features = reference.forward_features((pixels - mean) / std)
         expected = reference.forward_head(features).numpy()
         cosines = nn.functional.cosine_similarity(features.mean((2, 3))[:, None], class_means[None], dim=2).amax(1)

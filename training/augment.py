@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
+from model.enlarge import Enlarge
 from training.config import AugmentConfig, TrainConfig
 
 _BINS = 31
@@ -89,10 +90,10 @@ class Augmentation:
             warps.append(warp)
 
         if warps:
-            batch = _warp(batch, warps, self._resample)
+            batch = _warp(batch, warps, max(side, size), self._resample)
         if config.flip:
             batch = torch.where(_per_image(draw.uniform() < config.flip), batch.flip(-1), batch)
-        if size != side:
+        if size != batch.shape[-1]:
             batch = F.interpolate(batch, (size, size), mode=self._resample, antialias=True).clamp(0, 1)
         batch = (batch - self._mean) / self._std
         if config.erase:
@@ -100,11 +101,17 @@ class Augmentation:
         return self._mix(batch, labels) if self._mix and mix else (batch, labels)
 
 
-def normalization(config: TrainConfig) -> v2.Transform:
-    """uint8 [..., 3, H, W] in 0..255 → float32, scaled to [0, 1], then standardised per channel."""
-    return v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(config.normalize_mean), list(config.normalize_std))]
-    )
+def preprocessing(config: TrainConfig) -> v2.Transform:
+    """Whole pictures as a trained network sees them.
+
+    Returns:
+        uint8 [..., 3, S, S] in 0..255, S the `image_size` → float32 [..., 3, V, V], V the `view_size`: scaled to [0, 1],
+        enlarged, then standardised per channel.
+    """
+    side, view = config.image_size, config.seen_size
+    enlarge = [Enlarge(side, view, config.resample)] if view != side else []
+    normalize = v2.Normalize(list(config.normalize_mean), list(config.normalize_std))
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), *enlarge, normalize])
 
 
 class _Draws:
@@ -148,11 +155,11 @@ def _matrices(
     return torch.stack([e if isinstance(e, Tensor) else torch.full_like(like, e) for e in entries], 1).view(-1, 3, 3)
 
 
-def _warp(batch: Tensor, warps: list[Tensor], resample: str) -> Tensor:
+def _warp(batch: Tensor, warps: list[Tensor], size: int, resample: str) -> Tensor:
     matrix = warps[0]
     for warp in warps[1:]:
         matrix = matrix @ warp
-    grid = F.affine_grid(matrix[:, :2], list(batch.shape), align_corners=False)
+    grid = F.affine_grid(matrix[:, :2], [*batch.shape[:2], size, size], align_corners=False)
     warped: Tensor = F.grid_sample(batch, grid, mode=resample, padding_mode="zeros", align_corners=False)
     return warped.clamp(0, 1)  # a cubic overshoots at edges
 

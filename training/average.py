@@ -18,7 +18,7 @@ from model.architectures import config_from_dict
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixerConfig
 from model.grow import can_grow, grow
-from training.augment import normalization
+from training.augment import preprocessing
 from training.calibrate import calibrate
 from training.config import TrainConfig
 from training.data import load_images, split_validation
@@ -47,12 +47,14 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
 
     Raises:
         CheckpointError: one of them cannot be read.
-        ConfigError: fewer than two, or they hold networks that do not grow into the last one's.
+        ConfigError: fewer than two, they hold networks that do not grow into the last one's, or the output ends in .json.
         DataError: the data cannot be read, or one was trained with others or another held-out slice.
         OSError: the output cannot be written.
     """
     if len(paths) < 2:
         raise ConfigError("an average needs at least two checkpoints")
+    if output.suffix == ".json":
+        raise ConfigError(f"{output}: give another ending; a copy of the description to be read goes there")
     checkpoints = [load_checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
         build_model(checkpoint)  # one that is still in training has no description of a network
@@ -66,7 +68,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
 
     network = build_model(Checkpoint(_mean(states), last))
     network = network.to(device).to(memory_format=torch.channels_last)
-    normalize = normalization(config)
+    normalize = preprocessing(config)
     sample = training.images[torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed))]
     batches = sample[:BATCH_NORM_IMAGES].split(_BATCH_SIZE)
     update_bn((normalize(batch.to(device)) for batch in batches), network)

@@ -73,22 +73,22 @@ def calibrate(
     )
 
 
-def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, image_size: int | None = None) -> dict[str, Any]:
+def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, view_size: int | None = None) -> dict[str, Any]:
     """Fits a released checkpoint anew and rewrites it; its evaluation must be made again.
 
     Args:
         checkpoint_path: a `model.safetensors`.
         data_path: what it was trained with, see `training.data.load_images`.
         device: torch device.
-        image_size: side in pixels of what it is shown from now on, not below that of its training (arXiv 1906.06423). By
-            default as before.
+        view_size: side in pixels at which it looks at pictures from now on (arXiv 1906.06423), by default as before. If pictures
+            were enlarged for its training, it takes them as they were and enlarges them itself.
 
     Returns:
         The figures, as in the checkpoint's description.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
-        ConfigError: it cannot be shown pictures of that size.
+        ConfigError: it takes one size only.
         DataError: the data cannot be read, or are others than those it was trained with.
         OSError: the checkpoint cannot be written.
     """
@@ -99,8 +99,9 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, imag
     data = load_images(data_path, "train", config.image_size, config.resample)
     if data.fingerprint() != description["training"]["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
-    if image_size not in (None, config.image_size):
-        config = replace(config, image_size=image_size, train_size=config.largest_size)
+    if view_size:
+        side = data.enlarged_from or config.image_size
+        config = replace(config, image_size=side, train_size=config.largest_size, view_size=view_size)
         data = load_images(data_path, "train", config.image_size, config.resample)
     training, validation = split_validation(data, config.val_fraction)
     fitted = calibrate(network, training, validation, config, torch.device(device))
@@ -113,6 +114,6 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, imag
     save_checkpoint(
         checkpoint_path,
         {**checkpoint.tensors, CLASS_MEANS: fitted.class_means},
-        {**description, "image_size": config.image_size, "calibration": fitted.figures, "training": described},
+        {**description, **config.described_input(), "calibration": fitted.figures, "training": described},
     )
     return fitted.figures

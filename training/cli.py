@@ -120,16 +120,16 @@ def average(
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="A released checkpoint; it is rewritten.")],
     data: DataOption = None,
-    image_size: Annotated[
+    view_size: Annotated[
         int | None,
-        typer.Option(help="Show it pictures of this many pixels a side from now on, e.g. a few more than in training."),
+        typer.Option(help="Pixels a side at which it looks at pictures from now on, e.g. a few more than in training."),
     ] = None,
     device: DeviceOption = None,
 ) -> None:
     """Fit temperature and rejection thresholds anew on the held-out slice; `train` does it once at its end."""
     from training.calibrate import recalibrate
 
-    figures = recalibrate(checkpoint, data, _usable_device(device), image_size)
+    figures = recalibrate(checkpoint, data, _usable_device(device), view_size)
     typer.echo(
         f"validation {figures['accuracy']:.2%}, negative log-likelihood {figures['after']['nll']:.4f} at temperature "
         f"{figures['temperature']:.3f}; evaluate and export {checkpoint} again"

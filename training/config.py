@@ -56,12 +56,13 @@ class TrainConfig:
     Attributes:
         model: the network, of any architecture; `num_classes` is taken from the data.
         augment: see AugmentConfig.
-        image_size: side in pixels of what the network sees in service, and when validated.
-        train_size: side in pixels of what it sees in training; 0 means `image_size`. A little less makes up for random crops,
-            in which things look larger than in whole pictures (arXiv 1906.06423).
+        image_size: side in pixels that pictures are brought to, in training and by the service.
+        view_size: side in pixels at which the network looks at whole pictures, enlarged by itself; 0 means `image_size`.
+        train_size: side in pixels of the largest pictures of the training; 0 means `view_size`. A little less makes up for random
+            crops, in which things look larger than in whole pictures (arXiv 1906.06423).
         start_size: side at the first step; grows linearly to `train_size` over the first 70 % of the run, in steps of
             4 pixels. Smaller images cost less: a way to more epochs on a CPU. 0 means `train_size` from the start.
-        resample: `bilinear` or `bicubic`: how pictures are brought to size and warped, in training and in service.
+        resample: `bilinear` or `bicubic`: how pictures are brought to size, warped and enlarged, in training and in service.
         epochs: passes over the training slice.
         batch_size: images per optimizer step.
         optimizer: `adamw`, `adam`, or `muon`: AdamW with Muon for the hidden matrices (training/muon.py).
@@ -87,6 +88,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ConvMixerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     image_size: int = 32
+    view_size: int = 0
     train_size: int = 0
     start_size: int = 0
     resample: str = "bilinear"
@@ -117,7 +119,7 @@ class TrainConfig:
             "optimizer must be 'adamw', 'adam' or 'muon'": self.optimizer in ("adamw", "adam", "muon"),
             "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
             "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,
-            "train_size must be between 0 and image_size": 0 <= self.train_size <= self.image_size,
+            "view_size and train_size must not be negative": min(self.view_size, self.train_size) >= 0,
             "start_size must be between 0 and train_size": 0 <= self.start_size <= self.largest_size,
             "resample must be 'bilinear' or 'bicubic'": self.resample in ("bilinear", "bicubic"),
             "lr and muon_lr must be positive": min(self.lr, self.muon_lr) > 0,
@@ -132,7 +134,7 @@ class TrainConfig:
             "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.largest_size),
             "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, the other sizes 0": (
                 isinstance(self.model, ConvMixerConfig)
-                or {self.model.image_size, self.largest_size, self.start_size or self.largest_size} == {self.image_size}
+                or {self.seen_size, self.largest_size, self.start_size or self.largest_size} == {self.model.image_size}
             ),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,
             "flip, erase and mix_until must be in [0, 1]": all(
@@ -155,9 +157,24 @@ class TrainConfig:
                 raise ConfigError(message)
 
     @property
+    def seen_size(self) -> int:
+        """Side in pixels of whole pictures as the network looks at them."""
+        return self.view_size or self.image_size
+
+    @property
     def largest_size(self) -> int:
         """Side in pixels of the largest pictures of the training."""
-        return self.train_size or self.image_size
+        return self.train_size or self.seen_size
+
+    def described_input(self) -> dict[str, Any]:
+        """What a released checkpoint says of the pictures it takes."""
+        return {
+            "image_size": self.image_size,
+            "view_size": self.seen_size,
+            "resample": self.resample,
+            "normalize_mean": list(self.normalize_mean),
+            "normalize_std": list(self.normalize_std),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from model.architectures import Network
 from model.checkpoint import build_model, load_checkpoint
-from training.augment import normalization
+from training.augment import preprocessing
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
 from training.errors import DataError
@@ -107,7 +107,7 @@ def compute_outputs(
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # else a GPU's float32 has ten bits of mantissa in convolutions
     model.eval().to(device).to(memory_format=torch.channels_last)
-    normalize = normalization(config)
+    normalize = preprocessing(config)
     batches = tqdm(
         data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
     )

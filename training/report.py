@@ -192,19 +192,21 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         parts = ", ".join(f"`{sha256[:12]}…`" for sha256 in averaged["sha256"])
         batches += f"; released is the mean of the checkpoints {parts}, the last of which is this run's"
     small = artifact["resize"].get("through")
-    trained = config.get("train_size") or artifact["input_size"]
-    side = small or trained
-    scaled = f", {'enlarged' if trained > small else 'reduced'} to {trained} × {trained}" if small not in (None, trained) else ""
-    resized = f", in training {trained} × {trained}" if trained != artifact["input_size"] else ""
+    view = artifact.get("view_size", artifact["input_size"])
+    trained = config.get("train_size") or view
+    side = small or artifact["input_size"]
+    scaled = f", {'enlarged' if trained > side else 'reduced'} to {trained} × {trained}" if side != trained else ""
+    seen = f", enlarged by the network to {view} × {view}" if view != artifact["input_size"] else ""
+    seen += f", in training {trained} × {trained}" if trained != view else ""
     through = f", by way of {small} × {small}" if small else ""
-    seen = " **These are the images it was trained with: this says nothing of new ones.**"
+    learnt = " **These are the images it was trained with: this says nothing of new ones.**"
     rows = {
         "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
-        f"one run, seed {config['seed']}){seen if evaluation.get('trained_with') else ''}",
+        f"one run, seed {config['seed']}){learnt if evaluation.get('trained_with') else ''}",
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
         "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
-        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB{resized}; "
+        "Input": f"{artifact['input_size']} × {artifact['input_size']} RGB{seen}; "
         f"other shapes: {artifact['resize']['mode']}, {artifact['resize']['filter']}{through}",
         "Softmax temperature": f"{artifact['temperature']:.3f}, fitted on the held-out slice",
         "ECE (15 bins), NLL, Brier before": f"{raw['ece']:.2%}, {raw['nll']:.4f}, {raw['brier']:.4f}",

@@ -220,9 +220,7 @@ class TrainingState:
             "model": self.config.to_dict()["model"],
             "parameters": count_parameters(model),
             "classes": self.classes,
-            "image_size": self.config.image_size,
-            "normalize_mean": list(self.config.normalize_mean),
-            "normalize_std": list(self.config.normalize_std),
+            **self.config.described_input(),
             "calibration": calibration.figures,
             "training": {
                 "config": self.config.to_dict(),

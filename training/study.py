@@ -205,7 +205,7 @@ def measure_speed(config: TrainConfig, runtime: Runtime, seconds: float) -> tupl
     device = torch.device(runtime.device)
     network = build_network(config.model).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    images = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=device)
+    images = torch.randn(config.batch_size, 3, config.largest_size, config.largest_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
 
@@ -278,7 +278,7 @@ def _run(cell: Cell, training: ImageSet, test: ImageSet, output: Path, runtime: 
         "seed": cell.config.seed,
         "network": description["name"],
         "parameters": description["parameters"],
-        "macs": count_macs(config_from_dict(description["model"]), cell.config.image_size),
+        "macs": count_macs(config_from_dict(description["model"]), cell.config.seen_size),
         "test_top1": report["top1"],
         "validation_top1": trained["history"][-1]["val_accuracy"],
         "train_loss": trained["history"][-1]["train_loss"],

@@ -16,6 +16,8 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
 
 from model import export as export_module
 from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
@@ -107,6 +109,24 @@ def test_similarity_is_the_cosine_to_the_nearest_class_mean(exported: Exported) 
     np.testing.assert_allclose(similarity, np.max(cosines, axis=1), atol=1e-4)
 
 
+@pytest.mark.parametrize(("resample", "method"), [("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)])
+def test_a_network_enlarges_pictures_as_pillow_does(
+    released: Callable[..., Checkpoint], photos: Photos, tmp_path: Path, resample: str, method: Image.Resampling
+) -> None:
+    checkpoint = released(CLASSES, 32)
+    checkpoint.description.update(view_size=38, resample=resample)
+    images = photos(20, 32)
+    export(checkpoint, images, tmp_path / "net.onnx", {})
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [32, 32, 3]
+    (logits,) = session.run(["logits"], {"images": images})
+    enlarged = np.stack([np.asarray(Image.fromarray(image).resize((38, 38), method)) for image in images])
+    expected = explicit_logits(checkpoint, enlarged)  # Pillow rounds to whole numbers, so not quite
+    np.testing.assert_allclose(logits, expected, atol=0.02 * float(expected.std()))
+    metadata = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+    assert metadata["macs"] == count_macs(build_model(checkpoint).config, 38)
+
+
 def test_without_class_means_there_is_no_artifact(released: Callable[..., Checkpoint], photos: Photos, tmp_path: Path) -> None:
     checkpoint = released(CLASSES, 32)
     del checkpoint.tensors[CLASS_MEANS]
@@ -131,6 +151,7 @@ def test_metadata_says_everything(exported: Exported) -> None:
         "resize": {"mode": "crop"},
         "classes": description["classes"],
         "input_size": description["image_size"],
+        "view_size": description["image_size"],
         "temperature": 1.25,
         "out_of_distribution": {"score": "feature_similarity", "threshold": 0.7},
         "architecture": description["name"],
@@ -212,7 +233,7 @@ def test_folded_normalisation_equals_explicit_normalisation(
     normalized = (images.double().permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.inference_mode():
         expected = net(normalized.float())
-        logits, maps, _ = Servable(net, torch.ones(10, 16), mean, std)(images)
+        logits, maps, _ = Servable(net, torch.ones(10, 16), mean, std, nn.Identity())(images)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(maps.mean((2, 3)) + net.head.bias, expected, atol=1e-4, rtol=1e-4)
 
@@ -222,7 +243,7 @@ def test_black_and_white_pixels_are_the_ends_of_the_range(random_net: Callable[.
     net = random_net(patch_size=2)
     with torch.inference_mode():
         black, white = (net(torch.full((1, 3, 8, 8), value)) for value in (-1.0, 1.0))
-        logits, *_ = Servable(net, torch.ones(10, 16), [0.5] * 3, [0.5] * 3)(
+        logits, *_ = Servable(net, torch.ones(10, 16), [0.5] * 3, [0.5] * 3, nn.Identity())(
             torch.stack([torch.full((8, 8, 3), value, dtype=torch.uint8) for value in (0, 255)])
         )
     torch.testing.assert_close(logits, torch.cat([black, white]), atol=1e-5, rtol=1e-5)

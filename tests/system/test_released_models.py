@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from model.checkpoint import build_model, load_checkpoint
 from tests.server import ServerProcess
@@ -66,10 +66,11 @@ def test_every_answer_equals_pytorch(served, samples, repository):
     name, client = served
     checkpoint = load_checkpoint(repository / "releases" / name / "model.safetensors")
     description = checkpoint.description
-    side = (description["image_size"],) * 2
-    images = (Image.open(s.path).convert("RGB") for s in samples)
-    pixels = np.stack([np.asarray(ImageOps.fit(image, side, Image.Resampling.BILINEAR)) for image in images])
+    pixels = np.stack([np.asarray(Image.open(s.path).convert("RGB")) for s in samples])
+    assert pixels.shape[1:] == (description["image_size"], description["image_size"], 3)
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    view = (description["view_size"], description["view_size"])
+    scaled = torch.nn.functional.interpolate(scaled, view, mode=description["resample"], antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(description[k]).view(1, 3, 1, 1) for k in ("normalize_mean", "normalize_std"))
     with torch.inference_mode():
         logits = build_model(checkpoint)((scaled - mean) / std)

@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms.v2 import functional as vision
 
 from training import augment as augment_module
-from training.augment import Augmentation, normalization
+from training.augment import Augmentation, preprocessing
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet
 
@@ -36,7 +36,7 @@ def augment(photos: ImageSet, config: AugmentConfig, seed: int = 0, size: int = 
 
 
 def unaugmented(photos: ImageSet) -> torch.Tensor:
-    images: torch.Tensor = normalization(TrainConfig())(photos.images[::7])
+    images: torch.Tensor = preprocessing(TrainConfig())(photos.images[::7])
     return images
 
 
@@ -44,7 +44,7 @@ def test_normalisation_is_the_textbooks() -> None:
     config = TrainConfig(normalize_mean=(0.1, 0.2, 0.3), normalize_std=(0.5, 0.25, 0.2))
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     expected = torch.tensor([[-0.2, -0.8, -1.5], [1.8, 3.2, 3.5]]).view(2, 3, 1, 1)
-    torch.testing.assert_close(normalization(config)(pixels), expected)
+    torch.testing.assert_close(preprocessing(config)(pixels), expected)
 
 
 def test_switched_off_it_only_normalises(photos: ImageSet) -> None:
@@ -111,7 +111,7 @@ def test_flip_mirrors(photos: ImageSet) -> None:
 
 def test_pad_crop_shifts_by_at_most_the_padding(photos: ImageSet) -> None:
     images, _ = augment(photos, dataclasses.replace(OFF, pad_crop=2))
-    black = normalization(TrainConfig())(torch.zeros(1, 3, 36, 36, dtype=torch.uint8))
+    black = preprocessing(TrainConfig())(torch.zeros(1, 3, 36, 36, dtype=torch.uint8))
     shifts = set()
     for image, original in zip(images, unaugmented(photos), strict=True):
         padded = black[0].clone()

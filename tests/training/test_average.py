@@ -86,6 +86,8 @@ def test_only_equals_are_averaged(
     output = tmp_path / "model.safetensors"
     with pytest.raises(ConfigError, match="at least two"):
         average([trained], output, CIFAR10, "cpu")
+    with pytest.raises(ConfigError, match="give another ending"):
+        average([trained, trained], output.with_suffix(".json"), CIFAR10, "cpu")
     with pytest.raises(CheckpointError, match="not a model checkpoint"):
         average([trained.with_name("last.safetensors"), trained], output, CIFAR10, "cpu")
     with pytest.raises(DataError, match="give the same --data"):

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.checkpoint import CLASS_MEANS, build_model, load_checkpoint, save_checkpoint
-from tests.training.conftest import CIFAR10, TINY
-from training.augment import normalization
+from tests.training.conftest import CIFAR10, QUIET, TINY
+from training.augment import preprocessing
 from training.calibrate import recalibrate
 from training.config import TrainConfig
 from training.data import ImageSet, load_images, split_validation
-from training.errors import ConfigError, DataError
-from training.evaluate import compute_logits
+from training.errors import DataError
+from training.train import train
 
 
 def test_class_means_are_those_of_the_training_slice(trained: Path, photos: ImageSet) -> None:
     checkpoint = load_checkpoint(trained)
     training, _ = split_validation(photos, TINY.val_fraction)
     with torch.inference_mode():
-        features = build_model(checkpoint).forward_features(normalization(TINY)(training.images)).mean((2, 3))
+        features = build_model(checkpoint).forward_features(preprocessing(TINY)(training.images)).mean((2, 3))
     expected = torch.stack([features[training.labels == number].mean(0) for number in range(10)])
     torch.testing.assert_close(checkpoint.tensors[CLASS_MEANS], expected, atol=1e-4, rtol=1e-3)
 
@@ -40,22 +41,38 @@ def test_calibrating_again_restores_what_training_fitted(trained: Path, tmp_path
     assert found.description["training"] == fitted.description["training"]
 
 
-def test_served_at_another_size_than_trained(trained: Path, tmp_path: Path) -> None:
+def test_a_network_looks_at_pictures_at_another_size_than_it_was_trained_at(trained: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(trained, tmp_path))
     figures = recalibrate(path, CIFAR10, "cpu", 40)
-    found = load_checkpoint(path).description
-    config = TrainConfig.from_dict(found["training"]["config"])
-    assert (found["image_size"], config.image_size, config.train_size) == (40, 40, 32)
-    _, validation = split_validation(load_images(CIFAR10, "train", 40), TINY.val_fraction)
-    logits = compute_logits(build_model(load_checkpoint(path)), validation, config, torch.device("cpu"))
-    assert figures["accuracy"] == pytest.approx(float((logits.argmax(1) == validation.labels).float().mean()))
-    recalibrate(path, CIFAR10, "cpu")  # at the size it has now
-    assert recalibrate(path, CIFAR10, "cpu", 32) == load_checkpoint(path).description["calibration"]
-    again = load_checkpoint(path)
-    torch.testing.assert_close(again.tensors, load_checkpoint(trained).tensors)
-    assert again.description["training"]["data_sha256"] == load_checkpoint(trained).description["training"]["data_sha256"]
-    with pytest.raises(ConfigError, match="train_size must be between 0 and image_size"):
-        recalibrate(path, CIFAR10, "cpu", 28)
+    found = load_checkpoint(path)
+    config = TrainConfig.from_dict(found.description["training"]["config"])
+    assert (config.image_size, config.view_size, config.train_size) == (32, 40, 32)
+    _, validation = split_validation(load_images(CIFAR10, "train", 32), TINY.val_fraction)
+    pixels = torch.nn.functional.interpolate(validation.images.float(), (40, 40), mode="bilinear", antialias=True) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.normalize_mean, config.normalize_std))
+    with torch.inference_mode():
+        right = build_model(found)((pixels - mean) / std).argmax(1) == validation.labels
+    assert figures["accuracy"] == pytest.approx(float(right.float().mean()))
+    assert recalibrate(path, CIFAR10, "cpu") == figures, "it stays so"
+    recalibrate(path, CIFAR10, "cpu", 32)
+    torch.testing.assert_close(load_checkpoint(path).tensors, load_checkpoint(trained).tensors)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_network_of_enlarged_pictures_takes_them_as_they_were(tmp_path: Path) -> None:
+    """And enlarges them as they were enlarged for its training, but for rounding to whole numbers."""
+    config = replace(TINY, image_size=38, train_size=36, resample="bicubic", epochs=1)
+    path = train(config, load_images(CIFAR10, "train", 38, "bicubic"), tmp_path, QUIET)
+    before = load_checkpoint(path)
+    recalibrate(path, CIFAR10, "cpu", 38)
+    after = load_checkpoint(path)
+    config = TrainConfig.from_dict(after.description["training"]["config"])
+    assert (config.image_size, config.view_size, config.train_size) == (32, 38, 36)
+    native = load_images(CIFAR10, "train", 32)
+    assert after.description["training"]["data_sha256"] == native.fingerprint()
+    torch.testing.assert_close(after.tensors[CLASS_MEANS], before.tensors[CLASS_MEANS], atol=0.02, rtol=0.02)
+    for key in ("temperature", "accuracy"):
+        assert after.description["calibration"][key] == pytest.approx(before.description["calibration"][key], rel=0.05)
 
 
 def test_other_data_are_refused(trained: Path, folder_of: Callable[..., Path], tmp_path: Path) -> None:

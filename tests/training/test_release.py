@@ -23,6 +23,7 @@ from model.checkpoint import load_checkpoint
 from model.errors import ExportError
 from model.export import METADATA_KEY
 from tests.training.conftest import CIFAR10, QUIET, TINY
+from training.calibrate import recalibrate
 from training.data import ImageSet, load_images
 from training.errors import DataError
 from training.evaluate import evaluate
@@ -78,6 +79,22 @@ def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_firs
     training = f"in training {train_size} × {train_size}"
     assert f"| Input | 36 × 36 RGB, {training}; other shapes: crop, bicubic, by way of 32 × 32 |" in card
     assert f"each had 32 × 32 pixels{scaled}, so" in card
+
+
+def test_the_card_says_what_the_network_enlarges(evaluated: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copy(evaluated, tmp_path))
+    recalibrate(checkpoint, CIFAR10, "cpu", 40)
+    evaluate(checkpoint, CIFAR10, tmp_path / "evaluation.json", "cpu")
+    export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
+    found = metadata(tmp_path / "tiny.onnx")
+    assert (found["input_size"], found["view_size"], found["resize"]) == (32, 40, {"mode": "crop", "filter": "bilinear"})
+    assert found["parity"]["top1_equal"] == 200
+    write_card_for(checkpoint, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text()
+    assert (
+        "| Input | 32 × 32 RGB, enlarged by the network to 40 × 40, in training 32 × 32; other shapes: crop, bilinear |" in card
+    )
+    assert "each had 32 × 32 pixels, so" in card
 
 
 def test_artifact_scores_what_was_reported(artifact: Path, photos: ImageSet) -> None:

@@ -23,7 +23,7 @@ from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_che
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import QUIET, TINY
 from training import train as train_module
-from training.augment import normalization
+from training.augment import preprocessing
 from training.calibrate import calibrate
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
@@ -259,7 +259,7 @@ def test_a_wider_network_begins_with_what_the_narrower_one_has_learnt(trained: P
     for network in (grown := build_model(checkpoint), small := build_model(before)):
         network.train()  # the run measured other batches than the one it began with, so its statistics are others
     with torch.no_grad():
-        images = normalization(TINY)(photos.images)
+        images = preprocessing(TINY)(photos.images)
         torch.testing.assert_close(grown(images), small(images), rtol=1e-3, atol=1e-3)
 
 
