@@ -1,5 +1,9 @@
 """The engine's choices follow from what it measured, within the operator's word."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 
 from app.engine.artifact import read_verified
@@ -49,3 +53,38 @@ def test_fewer_workers_must_be_clearly_faster():
     assert _best_workers({1: 100.0, 2: 301.0, 4: 300.0}) == 4
     assert _best_workers({1: 240.0, 2: 200.0}) == 2, "a noisy start is no reason"
     assert _best_workers({1: 100.0, 2: 380.0, 4: 300.0}) == 2
+
+
+class SlowSession:
+    """Answers at once, but for its first runs of more than one image."""
+
+    provider = "cpu"
+    metadata = SimpleNamespace(input_size=8)
+
+    def __init__(self, slow_runs: int = 0) -> None:
+        self.slow_runs = slow_runs
+
+    def infer(self, images, **options):
+        if len(images) > 1 and self.slow_runs:
+            self.slow_runs -= 1
+            time.sleep(1.1)
+
+    def release_memory(self) -> None: ...
+
+
+def test_a_thread_that_gets_no_core_for_a_while_is_measured_all_the_same(monkeypatch):
+    class LateExecutor(ThreadPoolExecutor):
+        def map(self, *arguments):
+            time.sleep(0.03)
+            return super().map(*arguments)
+
+    monkeypatch.setattr("app.engine.calibration.ThreadPoolExecutor", LateExecutor)
+    found = calibrate(SlowSession(), cores=1, max_batch=4)
+    assert found.max_batch == 4
+    assert all(0 < ms < 1000 for ms in found.batch_ms.values())
+
+
+def test_a_moment_of_other_work_does_not_refuse_the_operators_batch():
+    assert calibrate(SlowSession(slow_runs=2), cores=1, max_batch=4).batch_ms[4] < 1000
+    with pytest.raises(StartupError, match="CONVMIXER_MAX_BATCH=4"):
+        calibrate(SlowSession(slow_runs=3), cores=1, max_batch=4)
