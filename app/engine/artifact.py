@@ -89,13 +89,13 @@ def read_verified(path: Path, expected_sha256: str | None = None) -> VerifiedByt
     if expected_sha256 is None:
         sums = path.with_name(path.name + ".sha256")
         try:
-            expected_sha256 = sums.read_text().split()[0]
-        except (OSError, IndexError) as error:
+            expected_sha256 = sums.read_text(encoding="utf-8-sig").split()[0]  # Windows writes a mark before it, or UTF-16
+        except (OSError, UnicodeDecodeError, IndexError) as error:
             raise StartupError(
-                f"no hash to verify {path} with: write {sums} (sha256sum) or set CONVMIXER_MODEL_SHA256"
+                f"no hash to verify {path} with: write {sums} (sha256sum, in UTF-8) or set CONVMIXER_MODEL_SHA256"
             ) from error
     found = hashlib.sha256(content).hexdigest()
-    if found != expected_sha256:
+    if found != expected_sha256.lower():  # and capitals
         raise StartupError(f"model {path} has SHA-256 {found}, expected {expected_sha256}: damaged or not the released file")
     return VerifiedBytes(content, found, path)
 

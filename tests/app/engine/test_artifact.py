@@ -31,6 +31,17 @@ def test_hash_from_the_file_beside_it_or_from_the_setting(tmp_path):
         read_verified(path)
 
 
+def test_a_hash_file_of_windows_is_read_or_named(tmp_path):
+    path, sums = tmp_path / "m.onnx", tmp_path / "m.onnx.sha256"
+    path.write_bytes(b"model")
+    digest = hashlib.sha256(b"model").hexdigest()
+    sums.write_text(f"{digest.upper()}\r\n", encoding="utf-8-sig")
+    assert read_verified(path).sha256 == read_verified(path, digest.upper()).sha256 == digest
+    sums.write_text(digest, encoding="utf-16")
+    with pytest.raises(StartupError, match=r"write .*m\.onnx\.sha256 \(sha256sum, in UTF-8\)"):
+        read_verified(path)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(StartupError, match=r"gone\.onnx cannot be read"):
         read_verified(tmp_path / "gone.onnx")
