@@ -174,6 +174,8 @@ def _bind(settings: Settings) -> socket.socket:
     """The address, taken but not listened on: clients are refused until the first process is ready."""
     bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if bound.family == socket.AF_INET6:  # as one process does, whose socket uvloop opens
+        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
         bound.bind((settings.host, settings.port))
     except OSError as error:
