@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -57,6 +57,13 @@ class _MetricsServer(ThreadingMixIn, WSGIServer):
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.BoundedSemaphore(_SCRAPES)
         super().__init__(*arguments)
+
+    def server_bind(self) -> None:
+        """As WSGIServer's, which asks the name server what this host is called: if that is dead, for a minute."""
+        TCPServer.server_bind(self)
+        host, self.server_port = self.server_address[:2]
+        self.server_name = str(host)
+        self.setup_environ()
 
     def get_request(self) -> Any:
         try:
