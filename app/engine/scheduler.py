@@ -27,6 +27,7 @@ from app.engine.item import Announce, Answered, Asker, Item
 from app.engine.outcome import Outcome, Timing
 from app.engine.service_time import ServiceTime
 from app.engine.session import Session
+from app.engine.watchdog import Watchdog
 from app.errors import ImageTooLarge, InferenceFailed, NotServing, Overloaded
 from app.images import DecodedImage, DecodeLimits, ResizeRule, decode_image
 
@@ -48,6 +49,9 @@ broken, as a GPU may be for good."""
 _REST_S = 5.0
 _RESTS_AT_LEAST_S = 60.0
 """When there was nothing to do for so long, the memory that work has left behind is given back; so often even if there was."""
+
+_WAITS = 6
+"""A worker may be at one step for so many times the processor time that it may take for it."""
 
 _HERE_BYTES = 16 * 1024
 _HERE_PIXELS = 256 * 256
@@ -71,8 +75,9 @@ class Scheduler:
         coalesce: compute identical images that are in flight together once.
         image_s: seconds of a worker that an image takes, as far as that was measured.
         on_batch: called after each batch with its outcomes, for metrics; must not raise.
-        hang_timeout_s: a worker busy with one step of decoding an image, or with one run of the model, for longer is taken for
-            hung; the service then reports itself dead. The largest picture accepted takes about a second.
+        hang_timeout_s: processor time of one step of decoding an image, or of one run of the model, from which on a worker is
+            taken for hung (by the wall's clock, six times as long); the service then reports itself dead. The longest step of the
+            largest picture accepted takes a second of a Zen 5 core.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class Scheduler:
         self._on_batch = on_batch
         self.service_time = ServiceTime(image_s or session.warm_up_ms / 1000 / 2, workers)
         self.admission = Admission(self.service_time, self.busy, max_queue=max_queue, coalesce=coalesce)
-        self._busy_since: dict[int, float] = {}
+        self._watchdog = Watchdog()
         self._worked = self._rested = self._here_from = time.monotonic()
         self._failed_in_row = 0
         self._threads = [threading.Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(workers)]
@@ -115,7 +120,7 @@ class Scheduler:
         """Whether `process_here` is worth a try: it is small, and nothing else is in work."""
         return (
             len(image) <= _HERE_BYTES
-            and not self._busy_since
+            and not self.busy()
             and not self.waiting()
             and not self.draining
             and self.session.provider == "cpu"  # a GPU may hang for good, and with it who waits for it
@@ -135,8 +140,7 @@ class Scheduler:
         Returns:
             A resolved future; None if the image is to be submitted: it has many pixels, or something failed.
         """
-        me = threading.get_ident()
-        begin = self._busy_since[me] = time.monotonic()
+        begin = self._watchdog.begin()
         answered: Future[Outcome] | None = None
         with suppress(Exception):  # whatever it is, it happens to the worker, too, which says and counts it
             decoded = decode_image(image, self.rule, self.limits, _only_few)
@@ -145,7 +149,7 @@ class Scheduler:
             item.timing.decode_s = time.monotonic() - begin
             self._tell(self._infer([item], explain, alone=True))
             answered = asker.future
-        del self._busy_since[me]
+        self._watchdog.end()
         self._worked = time.monotonic()
         took_s = self._worked - begin
         if answered is None or took_s > _HERE_S:
@@ -160,7 +164,7 @@ class Scheduler:
 
     def busy(self) -> int:
         """Workers that have a batch."""
-        return len(self._busy_since)
+        return self._watchdog.busy()
 
     def failure(self) -> str | None:
         """Why the engine is dead, or None while it is alive: every worker thread runs, none is stuck, and the model works."""
@@ -169,8 +173,8 @@ class Scheduler:
             return f"worker {', '.join(dead)} died"
         if self._failed_in_row >= _SICK:
             return f"the model failed on the last {self._failed_in_row} images"
-        stuck_s = time.monotonic() - min(self._busy_since.copy().values(), default=math.inf)
-        return f"a worker has been busy with one image or batch for {stuck_s:.0f} s" if stuck_s > self.hang_timeout_s else None
+        stuck_s = self._watchdog.stuck_s(cpu_s=self.hang_timeout_s, wall_s=_WAITS * self.hang_timeout_s)
+        return None if stuck_s is None else f"a worker has been busy with one image or batch for {stuck_s:.0f} s"
 
     @property
     def draining(self) -> bool:
@@ -192,7 +196,6 @@ class Scheduler:
         return not left and not any(t.is_alive() for t in self._threads)
 
     def _work(self) -> None:
-        me = threading.get_ident()
         untold: list[Answered] = []  # of the batch before
         while True:
             try:
@@ -206,25 +209,29 @@ class Scheduler:
                 self._tell(untold)
                 continue
             batches = self._gather(first)
-            alone = not self._busy_since and not self.waiting()
-            self._busy_since[me] = time.monotonic()
+            alone = not self.busy() and not self.waiting()
+            self._watchdog.begin()
             try:
                 self._process_all(batches, alone, untold)
             finally:
-                del self._busy_since[me]
+                self._watchdog.end()
                 self._worked = time.monotonic()
             del first, batches  # no image is held while the worker waits for the next
 
     def _rest(self) -> None:
         now = time.monotonic()
         is_time = now - self._worked >= _REST_S or now - self._rested >= _RESTS_AT_LEAST_S
-        if self._rested >= self._worked or self._busy_since or not is_time:
-            return
-        self._rested = now
+        if self._rested < self._worked and not self.busy() and is_time:
+            self._release_memory()
+
+    def _release_memory(self) -> None:
+        self._rested = self._watchdog.begin()  # it runs the model
         try:
             self.session.release_memory()
-        except Exception:  # it runs the model, and the worker must live
+        except Exception:  # the worker must live
             logger.exception("memory could not be given back")
+        finally:
+            self._watchdog.end()
 
     def _gather(self, first: Item) -> list[list[Item]]:
         """This image and what waits behind it: a batch, or a large file, or first the one and then the other."""
@@ -283,7 +290,7 @@ class Scheduler:
         answered.clear()
 
     def _decode(self, item: Item, announce: Announce, end: float) -> bool:
-        begin = self._busy_since[threading.get_ident()] = time.monotonic()
+        begin = self._watchdog.beat()
         item.timing.queue_s = begin - item.timing.submitted
         # what would be late at the end of its batch leaves its time to the next; without a next it is tried, also to learn how
         # long images take now
@@ -296,7 +303,7 @@ class Scheduler:
             else:
                 announce(large=len(data) > _HOLD_BACK_BYTES)
                 item.decoded = decode_image(
-                    data, self.rule, self.limits, lambda pixels: announce(large=pixels > _HOLD_BACK_PIXELS), self._still_busy
+                    data, self.rule, self.limits, lambda pixels: announce(large=pixels > _HOLD_BACK_PIXELS), self._watchdog.beat
                 )
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.data = b""
@@ -307,11 +314,8 @@ class Scheduler:
         item.timing.decode_s = time.monotonic() - begin
         return True
 
-    def _still_busy(self) -> None:
-        self._busy_since[threading.get_ident()] = time.monotonic()
-
     def _infer(self, group: list[Item], explain: bool, alone: bool) -> list[Answered]:
-        begin = self._busy_since[threading.get_ident()] = time.monotonic()
+        begin = self._watchdog.beat()
         images = np.stack([item.decoded.pixels for item in group if item.decoded])
         try:
             answers = self.session.infer(images, explain=explain, alone=alone)
