@@ -48,7 +48,8 @@ broken, as a GPU may be for good."""
 
 _REST_S = 5.0
 _RESTS_AT_LEAST_S = 60.0
-"""When there was nothing to do for so long, the memory that work has left behind is given back; so often even if there was."""
+"""When there was nothing to do for so long, the memory that work has left behind is given back; after so long even if there was:
+that takes two runs of the model, and the next batch a tenth longer."""
 
 _WAITS = 6
 """A worker may be at one step for so many times the processor time that it may take for it."""
@@ -217,6 +218,9 @@ class Scheduler:
                 self._watchdog.end()
                 self._worked = time.monotonic()
             del first, batches  # no image is held while the worker waits for the next
+            if self._worked - self._rested >= _RESTS_AT_LEAST_S:
+                self._tell(untold)
+                self._release_memory()
 
     def _rest(self) -> None:
         now = time.monotonic()

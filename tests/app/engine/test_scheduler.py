@@ -455,6 +455,20 @@ def test_memory_is_given_back_when_there_is_nothing_to_do(session, make, samples
     assert given_back.wait(TIMEOUT_S)
 
 
+def test_memory_is_given_back_now_and_then_when_there_is_always_something_to_do(session, make, samples, monkeypatch):
+    given_back: list[float] = []
+    monkeypatch.setattr(session, "release_memory", lambda: given_back.append(time.monotonic()))
+    scheduler = make(max_batch=1)
+    begin = time.monotonic()
+    scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
+    assert not given_back
+    monkeypatch.setattr("app.engine.scheduler._RESTS_AT_LEAST_S", 0.3)
+    while len(given_back) < 2:  # no worker ever waits for 5 s
+        assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
+        assert time.monotonic() < begin + TIMEOUT_S
+    assert given_back[1] - given_back[0] >= 0.3
+
+
 def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
     scheduler = make(max_batch=8)
     limits = DecodeLimits(10**6, 10**4)
