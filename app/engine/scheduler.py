@@ -325,6 +325,8 @@ class Scheduler:
             answers = self.session.infer(images, explain=explain, alone=alone)
             if len(answers.logits) != len(group):
                 raise RuntimeError(f"{len(group)} images gave {len(answers.logits)} answers")
+            if not np.isfinite(answers.logits).all() or not (answers.similarity is None or np.isfinite(answers.similarity).all()):
+                raise RuntimeError("the model's answer is not finite")
         except Exception:
             if len(group) > 1:  # find the guilty one: alone, each answers for itself
                 logger.warning("the model failed on a batch of %d images; each is tried alone", len(group), exc_info=True)

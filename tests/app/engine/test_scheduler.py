@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import threading
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import CancelledError, wait
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -467,6 +469,42 @@ def test_memory_is_given_back_now_and_then_when_there_is_always_something_to_do(
         assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
         assert time.monotonic() < begin + TIMEOUT_S
     assert given_back[1] - given_back[0] >= 0.3
+
+
+@pytest.mark.parametrize("output", ["logits", "similarity"])
+def test_an_answer_that_is_no_number_fails_for_that_image_alone(artifact_path, samples, tmp_path, output):
+    """JSON has no word for it."""
+    model = onnx.load(artifact_path)
+    (maker,) = [node for node in model.graph.node if output in node.output]
+    maker.output[list(maker.output).index(output)] = "number"
+    constants = {"axes": [1, 2, 3], "white": np.float32(255), "shape": [-1] if output == "similarity" else [-1, 1]}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items())
+    node = onnx.helper.make_node
+    model.graph.node.extend(
+        [
+            node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT),
+            node("ReduceMin", ["pixels", "axes"], ["darkest"], keepdims=0),
+            node("Sub", ["darkest", "white"], ["zero_if_white"]),
+            node("Div", ["zero_if_white", "zero_if_white"], ["nan_if_white"]),
+            node("Reshape", ["nan_if_white", "shape"], ["factor"]),
+            node("Mul", ["number", "factor"], [output]),
+        ]
+    )
+    path = tmp_path / "nan.onnx"
+    onnx.save(model, path)
+    session = Session(read_verified(path, hashlib.sha256(path.read_bytes()).hexdigest()), "cpu")
+    scheduler = Scheduler(
+        session, session.metadata.resize, DecodeLimits(10**6, 10**4), workers=1, max_batch=8, max_queue=100, coalesce=False
+    )
+    white = _png(np.full((32, 32, 3), 255, np.uint8))
+    images = [samples[0].data, white, samples[1].data]
+    good, bad, other = scheduler.submit(images)
+    assert isinstance(bad.exception(TIMEOUT_S), InferenceFailed)
+    assert np.isfinite([*good.result(TIMEOUT_S).logits, *other.result(TIMEOUT_S).logits]).all()
+    for future in scheduler.submit([white] * 32):
+        assert isinstance(future.exception(TIMEOUT_S), InferenceFailed)
+    assert "failed on the last 32 images" in scheduler.failure()
+    assert scheduler.drain(TIMEOUT_S)
 
 
 def test_pixels_need_no_decoding_and_meet_files_in_one_batch(session, make, samples):
