@@ -76,6 +76,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     app.include_router(open_inference.router)
     app.include_router(health.router)
     app.router.routes.extend(pages.ROUTES)
+    app.router.default = pages.or_the_page(app.router.default)
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)

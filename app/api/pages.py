@@ -20,10 +20,11 @@ from fastapi import FastAPI
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from app.api.codings import choose_coding
+from app.protection import App, Receive, Scope, Send
 from app.service import Service
 
 WEB = Path(__file__).parent.parent / "web"
@@ -40,6 +41,23 @@ _HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked for each time: after an update nobody sees old parts with new ones
     "Vary": "Accept-Encoding",
 }
+
+
+def or_the_page(not_found: App) -> App:
+    """What answers paths that no route has: the prefix itself, below which a proxy has put the service, leads to the page.
+
+    Args:
+        not_found: answers all others.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = scope.get("root_path", "")
+        if prefix and scope["path"] == prefix and scope["method"] in {"GET", "HEAD"}:
+            await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)  # relative: Host may be anything
+        else:
+            await not_found(scope, receive, send)
+
+    return answer
 
 
 @dataclass(frozen=True)
