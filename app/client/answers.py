@@ -137,7 +137,7 @@ class Model:
         version: of the model.
         sha256: of its artifact.
         classes: names, in the order of the logits.
-        input_size: side in pixels of what the network sees.
+        input_size: side in pixels of what the model takes.
         provider: where it computes: `cpu`, `cuda` or `openvino`.
         workers: inference threads.
         max_batch: largest batch.
