@@ -307,6 +307,7 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         elif not (self._close_at or self.transport.is_closing()):
             self._deaf, self.receive_by = True, None
+            self._stop_running()  # what has come of the request is not held meanwhile
             self._close_at = time.monotonic() + _CLOSE_WITHIN_S
             self.transport.write_eof()
             self.flow.resume_reading()
