@@ -286,13 +286,16 @@ PRESETS: dict[str, Preset] = {
         TrainConfig(
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
             augment=_STRONG,
+            view_size=38,
+            train_size=36,
+            resample="bicubic",
             epochs=400,
             batch_size=512,
             weight_decay=0.02,
             ema_decay=0.9995,
         ),
-        source="ours: the paper's width at patch 2, long, with --teacher (arXiv 2106.05237)",
-        cost="0.16 GMAC x 3 x 50,000 x 400, and the teacher's forward passes: for a data-centre GPU",
+        source="ours: the paper's width at patch 2, long, with --teacher (arXiv 2106.05237), for a view of 38 px as in `cpu-9`",
+        cost="0.20 GMAC x 3 x 50,000 x 400, and the teacher's forward passes: for a data-centre GPU",
         result="not run yet; goal 96.0 %",
     ),
     "accurate": Preset(
