@@ -187,6 +187,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"optimizer": "adam", "schedule": "constant", "clip_norm": "0", "ema_decay": "0"}, QUIET),
         ({"optimizer": "muon", "muon_lr": "0.02"}, QUIET),
         ({"start_size": "24", "augment.pad_crop": "2", "epochs": "4"}, QUIET),
+        ({"start_size": "28", "train_size": "36", "view_size": "38", "resample": "bicubic", "epochs": "4"}, QUIET),
         ({"model.patch_size": "1", "model.kernel_size": "5", "label_smoothing": "0"}, QUIET),
         ({}, replace(QUIET, precision="bf16")),
         ({"model.residual": "none", "model.norm": "layernorm", "model.activation": "relu"}, QUIET),
@@ -199,6 +200,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         "Adam",
         "Muon",
         "growing images",
+        "a larger view",
         "other network",
         "bf16",
         "variant",
@@ -216,7 +218,8 @@ def test_every_kind_of_run_releases_a_network(
     assert checkpoint.description["training"]["precision"] == runtime.precision
     if config.start_size:
         assert [row["image_size"] for row in history] == sorted(row["image_size"] for row in history)
-        assert history[-1]["image_size"] == 32
+        assert history[-1]["image_size"] == config.largest_size
+    assert checkpoint.description["view_size"] == config.seen_size
     logits = build_model(checkpoint)(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3)
     assert logits.isfinite().all()
