@@ -31,7 +31,7 @@ format: .venv/.dev  ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint TEACHER=checkpoint, resumes what RUN holds
+train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint TEACHER="checkpoint …", resumes what RUN holds
 	$(BIN)/convmixer-train train --preset $(PRESET) --output $(RUN) $(DATA_OPTION) $(if $(INIT),--init $(INIT)) $(addprefix --teacher ,$(TEACHER)) $(if $(wildcard $(RUN)/last.safetensors),--resume)
 
 evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set

@@ -120,7 +120,8 @@ def main() -> None:
 
     runtime = Runtime.detect(compile=options.compile, tensorboard=False)
     config = get_preset(options.preset).config.override(dict(text.split("=", 1) for text in options.settings))
-    config = replace(config, view_size=0, train_size=0, start_size=0, val_fraction=0.01)  # every step at the full size
+    size = config.largest_size  # in every step
+    config = replace(config, image_size=size, view_size=0, train_size=0, start_size=0, val_fraction=0.01)
     few = load_images(PHOTOS, "train", config.image_size, config.resample)
     times = -(-options.images // len(few))
     data = ImageSet(few.images.repeat(times, 1, 1, 1), few.labels.repeat(times), few.classes)

@@ -52,7 +52,7 @@ def or_the_page(not_found: App) -> App:
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         prefix = scope.get("root_path", "")
-        if prefix and scope["path"] == prefix and scope["method"] in {"GET", "HEAD"}:
+        if prefix and scope["path"] == prefix and scope.get("method") in {"GET", "HEAD"}:  # a WebSocket's has none
             await RedirectResponse(f"{prefix.rpartition('/')[2]}/")(scope, receive, send)  # relative: Host may be anything
         else:
             await not_found(scope, receive, send)
