@@ -1,4 +1,4 @@
-# The service: a virtual environment with app/ and what it needs, and nothing else. --build-arg VARIANT=gpu: with CUDA (its
+# The service: a virtual environment with app/, pictures/ and what they need, and nothing else. --build-arg VARIANT=gpu: with CUDA (its
 # libraries come from PyPI; the host needs a driver and NVIDIA's container toolkit).
 # The base is any Debian with Python 3.11 or newer and pip. Another package index: --build-arg PIP_INDEX_URL=…
 ARG BASE_IMAGE=python:3.11-slim-bookworm
@@ -24,9 +24,10 @@ RUN python3 -m pip install --no-cache-dir --require-hashes -r requirements/build
           /opt/venv/lib/*/site-packages/onnxruntime/tools \
           /opt/venv/lib/*/site-packages/onnxruntime/quantization
 
-# Without model/ and training/ beside it the same package holds only app/; its second command would find nothing to run.
+# Without model/ and training/ beside it the same package holds only the service; its second command would find nothing to run.
 COPY pyproject.toml README.md LICENSE ./
 COPY app app
+COPY pictures pictures
 RUN python3 -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist . \
  && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-index dist/*.whl \
  && rm /opt/venv/bin/convmixer-train

@@ -1,4 +1,4 @@
-"""The three parts and who may know whom (docs/architecture.md)."""
+"""The four parts and who may know whom (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import pytest
 
 from app.errors import ServiceError
 
-FORBIDDEN = {"app": {"model", "training", "torch", "torchvision", "onnx"}, "model": {"app", "training"}, "training": {"app"}}
+FORBIDDEN = {
+    "app": {"model", "training", "torch", "torchvision", "onnx"},
+    "model": {"app", "training", "pictures"},
+    "pictures": {"app", "model", "training", "torch", "torchvision"},
+    "training": {"app"},
+}
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

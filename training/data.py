@@ -11,7 +11,6 @@ import io
 import os
 import sys
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,24 +22,12 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from pictures.pixels import compose_on_white, shorten_transparent_colour, to_8_bit, upright, with_a_third_colour
 from training.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
 _SPLITS = ("train", "test")
 _HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
-
-_DEEP = 16  # bits of a colour
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TIFF_INTEGERS = {1: 1, 3: 2, 4: 4}  # bytes of a number by its type: BYTE, SHORT, LONG
 
 
 @dataclass(frozen=True)
@@ -244,78 +231,18 @@ def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 def _decode(data: bytes, image_size: int, resample: str) -> tuple[np.ndarray, int]:
     """A picture as the service reads it: upright, the middle square, on white.
 
-    What follows is `app.images` once more, which this package may not import; a test compares.
-
     Returns:
         uint8 [S, S, 3], RGB, and the picture's shorter side before.
     """
-    with Image.open(io.BytesIO(_with_a_third_colour(data))) as image:
-        key = image.info.get("transparency")
-        # Pillow shortens pixels to 8 bits, but not the colour that is transparent
-        if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):
-            image.info["transparency"] = tuple(value >> 8 for value in key)
+    with Image.open(io.BytesIO(with_a_third_colour(data))) as image:
+        shorten_transparent_colour(image, data)
         image.load()
-        full = _to_8_bit(_upright(image))
+        full = to_8_bit(upright(image))
     native = min(full.size)
     if full.size != (image_size, image_size):
         full = _fit(full, image_size, resample)
-    if full.mode == "RGBA":
-        full = Image.alpha_composite(Image.new("RGBA", full.size, "white"), full)
-    return np.array(full.convert("RGB")), native
-
-
-def _with_a_third_colour(data: bytes) -> bytes:
-    """A BMP of bytes or half bytes that says it uses two colours, as if it used one more.
-
-    Pillow reads a black-and-white palette as one bit a pixel, whatever the header says.
-    """
-    if data.startswith(b"BM") and data[28:29] in {b"\4", b"\x08"} and data[46:50] == b"\2\0\0\0":
-        return data[:46] + b"\3" + data[47:]
-    return data
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says; `ImageOps.exif_transpose` reads all of EXIF, and fails if any of it is odd."""
-    exif = image.info.get("exif")  # a PNG may have a text of that name
-    profile = image.info.get("Raw profile type exif")  # so older ImageMagick writes it into a PNG: three lines, then digits
-    if not isinstance(exif, bytes) and isinstance(profile, str):
-        with suppress(ValueError):
-            exif = bytes.fromhex("".join(profile.split("\n")[3:]))
-    if not isinstance(exif, bytes):
-        return image
-    prefix = b"Exif\0\0"  # Pillow puts one before what some files have put one before already
-    method = _TRANSPOSED.get(_orientation(exif.removeprefix(prefix).removeprefix(prefix)))
-    return image.transpose(method) if method is not None else image
-
-
-def _orientation(exif: bytes) -> int:
-    """Tag 274 of the first directory (TIFF 6.0, page 13 and following); 1 if there is none."""
-    order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
-
-    def number(begin: int, size: int) -> int:
-        return int.from_bytes(exif[begin : begin + size], order)
-
-    directory = number(4, 4)
-    for entry in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(exif)), 12):
-        size = _TIFF_INTEGERS.get(number(entry + 2, 2))
-        if number(entry, 2) == _ORIENTATION_TAG and size and number(entry + 4, 4) == 1:
-            return number(entry + 8, size)
-    return 1
+    return np.array(compose_on_white(full)), native
 
 
 def _fit(image: Image.Image, side: int, resample: str) -> Image.Image:
     return ImageOps.fit(image, (side, side), Image.Resampling[resample.upper()])
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """RGB, grey, or RGBA where something is transparent; Pillow itself would make nearly all of 16-bit grey white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        deep, key = np.asarray(image).clip(0, 65535), image.info.get("transparency")
-        image = Image.fromarray((deep // 257).astype(np.uint8))
-        if isinstance(key, int):
-            image.putalpha(Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8)))
-    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
-        return image.convert("RGB")  # nobody stores a picture of nothing: the fourth byte was never filled in
-    if image.has_transparency_data:
-        return image.convert("RGBA")
-    return image if image.mode in {"RGB", "L"} else image.convert("RGB")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.convmixer import ConvMixerConfig
 from training.config import AugmentConfig, TrainConfig
@@ -239,6 +239,33 @@ PRESETS: dict[str, Preset] = {
         source="ours: what `cpu-7` ended with (--init), its kernels grown to 9, on pictures enlarged to 48 px (arXiv 1906.06423)",
         cost="123 minutes on two Zen 5 cores, bf16, beside other work (135 images a second at 48 px)",
         result="95.38 % on the test set, one run: `accurate` (docs/models/accurate.md)",
+    ),
+    "cpu-accurate-2": Preset(
+        TrainConfig(
+            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
+            augment=replace(_MIXED, mix_until=1.0),
+            view_size=52,
+            train_size=48,
+            start_size=28,
+            resample="bicubic",
+            epochs=16,
+            batch_size=64,
+            optimizer="muon",
+            lr=0.003,
+            muon_lr=0.003,
+            warmup=0.05,
+            weight_decay=0.02,
+            label_smoothing=0.0,
+            distill_weight=0.8,
+            distill_temperature=2.0,
+            ema_decay=0.999,
+            seed=7,
+        ),
+        source="ours: a second cycle of `cpu-accurate`, begun with what it ended with (--init), on bicubic pictures of up to "
+        "48 px for a view of 52 (arXiv 1906.06423), learning from the mean of itself and `cpu-9` (--teacher, twice), mixing to "
+        "the end",
+        cost="",
+        result="",
     ),
     "small": Preset(
         TrainConfig(
