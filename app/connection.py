@@ -11,7 +11,6 @@ One image as the raw body of `POST /classify` does not go through ASGI: `app.raw
 from __future__ import annotations
 
 import asyncio
-import re
 import select
 import socket
 import struct
@@ -25,9 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app import raw_image, refusal
+from app import head, raw_image, refusal
 from app.api.problems import problem_headers, problem_response
-from app.errors import HeadersTooLarge, MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.protection import OUT_OF_TIME, choose_request_id
 from app.telemetry.exchange import Exchange
 from app.wire import DefaultHeaders, compose
@@ -35,8 +34,6 @@ from app.wire import DefaultHeaders, compose
 if TYPE_CHECKING:
     from app.service import Service
 
-MAX_HEADER_BYTES = 32 * 1024
-MAX_HEADERS = 100
 PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready"}
 PROBE_CONNECTIONS = 16
 """Beyond `CONVMIXER_MAX_CONNECTIONS`, for nothing but these: overload is no reason to be restarted."""
@@ -50,8 +47,6 @@ MAX_PIPELINED = 32
 _MOST_PIPELINED_BODY = 64 * 1024
 """Bytes of requests that wait for the answer to an earlier one: they are not counted as held yet."""
 
-_VERSIONS = ("1.1", "1.0")
-_UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 _CLOSE_WITHIN_S = 2.0
 """So long a client that still sends may go on after an answer that ends the connection."""
 
@@ -167,13 +162,13 @@ class Protocol(HttpToolsProtocol):
         in_body = not self._in_headers
         if not in_body:
             self._header_bytes += len(data)
-            data = _ignore_upgrade(data)
+            data = head.without_upgrade(data)
         self._body_came = False
         super().data_received(data)
         if in_body and not self._in_headers and not self._body_came:
             self._header_bytes += len(data)
-        if self._header_bytes > MAX_HEADER_BYTES:
-            self._refuse_header_bytes()
+        if error := head.too_large(0, self._header_bytes):
+            self._refuse(error)
 
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
@@ -187,28 +182,22 @@ class Protocol(HttpToolsProtocol):
         if self._in_headers:
             super().on_header(name, value)
         self._parsed_bytes += len(name) + len(value)
-        if len(self.headers) > MAX_HEADERS:
-            self._refuse(HeadersTooLarge(f"more than {MAX_HEADERS} headers; send fewer"))
-        elif self._parsed_bytes + len(self.url) > MAX_HEADER_BYTES:
-            self._refuse_header_bytes()
+        if error := head.too_large(len(self.headers), self._parsed_bytes + len(self.url)):
+            self._refuse(error)
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
-        if self.parser.get_http_version() not in _VERSIONS:  # the parser knows others
-            self._refuse(MalformedRequest("only HTTP/1.1 and 1.0 are spoken here"))
-        if self.parser.should_upgrade():  # the parser leaves the body out, and would read it as the next request
-            self._refuse(MalformedRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade"))
+        if error := head.unreadable(self.parser.get_http_version(), self.headers, upgrade=self.parser.should_upgrade()):
+            self._refuse(error)
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
         if self._for_probes and self.url.partition(b"?")[0] not in PROBES:
             self._refuse(self._all_busy())
-        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
-            self._refuse(MalformedRequest("send one Host header (RFC 9112, 3.2)"))
         if self._deaf:
             return
-        head = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
-        if head:
-            self._start_raw(head)
+        image = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
+        if image:
+            self._start_raw(image)
         else:
             super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
@@ -372,9 +361,6 @@ class Protocol(HttpToolsProtocol):
                 self._answer_nothing(error)
             self.close()
 
-    def _refuse_header_bytes(self) -> None:
-        self._refuse(HeadersTooLarge(f"more than {MAX_HEADER_BYTES:,} bytes of headers; send fewer or shorter ones"))
-
     def _answer_nothing(self, error: ServiceError) -> None:
         """Answers where there is no whole request."""
         # an upload whose route waits for the rest
@@ -408,21 +394,6 @@ class _CycleTransport(NamedTuple):
     write: Callable[[bytes], None]
     is_closing: Callable[[], bool]
     close: Callable[[], None]
-
-
-def _ignore_upgrade(data: bytes) -> bytes:
-    """A head in which `Upgrade` has another name: who cannot upgrade may ignore it (RFC 9110, 7.8), which the parser does not.
-
-    Java's HttpClient sends `Upgrade: h2c` with every first request.
-
-    Args:
-        data: what came while a head was arriving; if it begins with the end of a line, all behind that may be body.
-    """
-    if data.startswith((b"\r", b"\n")):
-        return data
-    end = data.find(b"\r\n\r\n")
-    head = data if end < 0 else data[:end]
-    return _UPGRADE.sub(b"\r\nx-upgrade", head) + data[len(head) :] if _UPGRADE.search(head) else data
 
 
 def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:
