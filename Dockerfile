@@ -7,7 +7,8 @@ FROM ${BASE_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_TRUSTED_HOST
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Debian's own pip keeps off the system's packages unless told otherwise; this stage is thrown away
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /build
 RUN apt-get update && apt-get install -y --no-install-recommends tini && rm -r /var/lib/apt/lists/*
 

@@ -69,7 +69,7 @@ class Tally:
 
     Attributes:
         sent: requests written.
-        right: seconds from writing to the answer, of right answers.
+        right: seconds from writing (in an open loop: from when it was due) to the answer, of right answers.
         failed: the same of other statuses, by status; 200 if the answer is not the expected one.
         lost: connections that were refused, or ended without the answer.
         unanswered: requests without an answer when the measurement ended.
@@ -246,7 +246,7 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
 async def open_loop(server: Server, requests: list[Request], due: Iterator[float], seconds: float) -> Tally:
     """Requests at given times, whether or not earlier ones were answered; as many connections as that takes.
 
-    A request's time begins when it was due (at most a millisecond later), so a slow connection counts.
+    A request's time begins when it was due, so a slow connection counts, and a client that is late itself.
 
     Args:
         server: where to.
@@ -274,14 +274,14 @@ async def open_loop(server: Server, requests: list[Request], due: Iterator[float
     while (now := time.perf_counter()) - begin < seconds:
         burst = 0
         while next_due <= now - begin and burst < 1000:  # answers must be read, too
-            request = requests[sent % len(requests)]
+            request, due_at = requests[sent % len(requests)], begin + next_due
             sent, burst, next_due = sent + 1, burst + 1, next(due)
             while idle and idle[-1].lost:  # the server closes what idles when it has too many
                 idle.pop()
             if idle:
-                idle.pop().send(request, now)
+                idle.pop().send(request, due_at)
             else:
-                task = asyncio.get_running_loop().create_task(send_on_new_connection(request, now))
+                task = asyncio.get_running_loop().create_task(send_on_new_connection(request, due_at))
                 pending.add(task)
                 task.add_done_callback(pending.discard)
         await asyncio.sleep(0.001)

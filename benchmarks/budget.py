@@ -11,7 +11,7 @@ import asyncio
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from app.connection import Protocol
+from app.engine.admission import Admission
 from app.engine.outcome import Outcome, Timing
 from app.engine.scheduler import Scheduler
 from app.images import DecodeLimits, decode_image
@@ -55,15 +56,17 @@ class Kept:
         return default
 
 
-class Answering:
-    """In the scheduler's place: gives back a future that the caller resolves."""
+class WithoutWorkers:
+    """In the scheduler's place: its queue, from which nobody takes.
 
-    def submit(self, images: Sequence[bytes], **_: object) -> list[Future[Outcome]]:
-        """As the scheduler's."""
-        return [Future()]
+    Args:
+        scheduler: whose settings the queue has.
+        coalesce: as CONVMIXER_COALESCE.
+    """
 
-    def refusal(self, image: bytes, **_: object) -> None:
-        """There is room."""
+    def __init__(self, scheduler: Scheduler, *, coalesce: bool) -> None:
+        self.admission = Admission(scheduler.service_time, lambda: 0, max_queue=scheduler.admission.max_queue, coalesce=coalesce)
+        self.submit, self.refusal = self.admission.submit, self.admission.refusal
 
     def may_process_here(self, _: bytes) -> bool:
         """What the loop does with an image that a worker computes is the larger part."""
@@ -82,21 +85,32 @@ async def measure() -> dict[str, float]:
     outcome = Outcome(service.session.infer(pixels).logits[0], None, None, (), Timing(0.0, 0.001, 0.001, 0.002, 0.005, 1))
 
     real: Scheduler = service.scheduler
-    service.scheduler = cast("Scheduler", Answering())
+    queue = WithoutWorkers(real, coalesce=settings.coalesce)
+    service.scheduler = cast("Scheduler", queue)
     protocol, transport = _connect(service)
     wire = prepare(body, "image/webp", []).wire
 
     def answer() -> None:
         protocol.data_received(wire)
-        cast("Any", protocol.cycle).future = done
-        cast("Any", protocol.cycle)._end()
+        request = cast("Any", protocol.cycle)
+        left.append(request.future)
+        request.future = done
+        request._end()
+
+    def tidy() -> None:
+        left.pop().cancel()
+        item = queue.admission.take()
+        if item is None or queue.admission.is_wanted(item):
+            raise RuntimeError("the image was not in the queue")
+
+    left: list[Future[Outcome]] = []
 
     done: Future[Outcome] = Future()
     done.set_result(outcome)
     stages = {
         "decode (worker)": _time(lambda: decode_image(body, rule, limits)),
         "infer (worker)": _time(lambda: service.session.infer(pixels)),
-        "read, parse, admit, judge, write (event loop)": _time(answer),
+        "read, parse, admit, judge, write (event loop)": _time(answer, tidy),
     }
     if not transport.written.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"no answer but {transport.written[:100]!r}")
@@ -129,13 +143,17 @@ def _connect(service: Service) -> tuple[Protocol, Kept]:
     return protocol, transport
 
 
-def _time(work: Callable[[], object]) -> float:
+def _time(work: Callable[[], object], tidy: Callable[[], object] = lambda: None) -> float:
+    """Microseconds of `work`, without those of what is to be done after each."""
     rounds = []
     for _ in range(ROUNDS):
-        begin = time.perf_counter()
+        seconds = 0.0
         for _ in range(REPEATS):
+            begin = time.perf_counter()
             work()
-        rounds.append((time.perf_counter() - begin) / REPEATS * 1e6)
+            seconds += time.perf_counter() - begin
+            tidy()
+        rounds.append(seconds / REPEATS * 1e6)
     return statistics.median(rounds)
 
 

@@ -81,7 +81,7 @@ class Cluster:
     def wait_until_up(self) -> None:
         """Until HAProxy's statistics say that it uses every replica."""
         give_up = now() + READY_TIMEOUT_S
-        found = 0
+        found = -1  # it does not listen yet
         while found < len(self.replicas):
             if now() > give_up or self._proxy.poll() is not None:
                 raise RuntimeError(f"HAProxy uses {found} of {len(self.replicas)} replicas")

@@ -96,6 +96,7 @@ _BODY_SCHEMA: dict[str, Any] = {
         **{media_type: {"schema": {"type": "string", "format": "binary", "minLength": 1}} for media_type in RAW_TYPES},
         "multipart/form-data": {
             "schema": {
+                "title": "ClassifyForm",
                 "type": "object",
                 "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
                 "required": ["images"],

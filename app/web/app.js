@@ -2,7 +2,7 @@
 
 import { drawLegend } from "./heatmap.js";
 import { Result } from "./result.js";
-import { Failure, classify, curlCommand, describeModel, key } from "./service.js";
+import { Failure, classify, curlCommand, describeModel, fetchSample, isKey, key } from "./service.js";
 
 const AT_ONCE = 4; // requests under way: enough to keep the service busy, few enough to leave room for others
 
@@ -27,10 +27,8 @@ function describe({ name, version, classes, metadata }) {
 }
 
 async function add(files) {
-  if (!files.length) {
-    $("status").textContent = "That was no file. Drop or paste pictures.";
-    return;
-  }
+  complain(files.length ? "" : "That was no file. Drop or paste pictures.");
+  if (!files.length) return;
   const resize = (await model)?.metadata.resize?.mode;
   const added = files.map((file) => new Result(file, resize));
   for (const result of added) results.set(result.element, result);
@@ -39,6 +37,12 @@ async function add(files) {
   $("status").textContent = `Classifying ${files.length === 1 ? files[0].name : `${files.length} pictures`}…`;
   work();
   recount();
+}
+
+// What concerns no picture on the page.
+function complain(text) {
+  $("trouble").textContent = text;
+  $("trouble").hidden = !text;
 }
 
 function work() {
@@ -117,8 +121,12 @@ async function copyCurl(button, file) {
 }
 
 async function addSample(name) {
-  const response = await fetch(`web/samples/${name}.webp`);
-  await add([new File([await response.blob()], `${name}.webp`, { type: "image/webp" })]);
+  try {
+    const sample = await fetchSample(`${name}.webp`);
+    await add([sample]);
+  } catch (error) {
+    complain(error.message);
+  }
 }
 
 for (const [button, input] of [["choose", "files"], ["photograph", "camera"]]) {
@@ -174,9 +182,15 @@ $("clear").addEventListener("click", () => {
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  key.set($("key").value.trim());
+  const typed = $("key").value.trim();
+  if (!isKey(typed)) {
+    $("key-reason").textContent = "This has letters that no key has, perhaps invisible ones: copy it again.";
+    return;
+  }
+  key.set(typed);
   $("key").value = "";
   $("key-form").hidden = true;
+  $("choose").focus(); // it was in the form
   locked = false;
   work();
 });

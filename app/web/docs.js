@@ -86,12 +86,17 @@ function schemas(all) {
   return element("section", "prose route", element("h2", "", "Schemas"), ...sections);
 }
 
-// Those that an answer spells out instead of naming.
+// Those that a body or an answer spells out instead of naming, and those within them.
 function inlineSchemas(paths) {
   const found = {};
-  for (const { responses } of Object.values(paths).flatMap((methods) => Object.values(methods))) {
-    for (const { schema } of Object.values(responses).flatMap((answer) => Object.values(answer.content ?? {}))) {
-      if (schema?.properties && schema.title) found[schema.title] = schema;
+  const visit = (schema = {}) => {
+    if (schema.properties && schema.title) found[schema.title] = schema;
+    const parts = [...Object.values(schema.properties ?? {}), ...(schema.anyOf ?? []), schema.items, schema.additionalProperties];
+    for (const part of parts) if (part instanceof Object) visit(part);
+  };
+  for (const { requestBody, responses } of Object.values(paths).flatMap((methods) => Object.values(methods))) {
+    for (const { content = {} } of [requestBody ?? {}, ...Object.values(responses)]) {
+      for (const { schema } of Object.values(content)) visit(schema);
     }
   }
   return found;

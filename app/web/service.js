@@ -33,6 +33,9 @@ export const key = {
   },
 };
 
+// A header takes no other letters.
+export const isKey = (text) => /^[\x20-\x7e]+$/.test(text);
+
 const address = (path) => new URL(path, document.baseURI);
 const contentType = (file) => (IMAGE_TYPES.includes(file.type) ? file.type : "application/octet-stream");
 
@@ -41,6 +44,14 @@ export async function describeModel() {
   const response = await fetch(address("model"));
   if (!response.ok) throw await failureOf(response);
   return response.json();
+}
+
+/** A picture that the service brings along. @throws {Failure} */
+export async function fetchSample(name) {
+  const response = await fetch(address(`web/samples/${name}`)).catch(() => null);
+  if (!response) throw new Failure("The service could not be reached.");
+  if (!response.ok) throw await failureOf(response);
+  return new File([await response.blob()], name, { type: "image/webp" });
 }
 
 /**

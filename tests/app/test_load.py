@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 
-from app.load import Server, closed_loop, open_loop, prepare, steady
+from app.load import Server, Tally, closed_loop, open_loop, prepare, steady
 from tests.server import ScriptedServer
 
 RIGHT = (200, {}, b'{"label":"cat","confidence":0.9}')
@@ -39,6 +40,21 @@ def test_an_open_loop_counts_refused_connections():
     assert len(tally.right) == 1
     assert tally.sent == len(tally.right) + tally.lost
     assert tally.sent > 1
+
+
+def test_an_open_loop_that_is_late_itself_counts_from_when_a_request_was_due():
+    """Coordinated omission: what waited in the client has waited, too."""
+
+    async def stalled() -> Tally:
+        measuring = asyncio.create_task(open_loop(address(server.url), REQUESTS, itertools.chain([0.1], itertools.repeat(9)), 1))
+        await asyncio.sleep(0.05)
+        time.sleep(0.5)  # the client's loop stands still while its request becomes due
+        return await measuring
+
+    server = ScriptedServer(RIGHT)
+    (seconds,) = asyncio.run(stalled()).right
+    server.finish()
+    assert seconds > 0.4
 
 
 def test_steady_times():

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 from app.load import Tally, prepare
 from app.settings import Settings
@@ -81,6 +83,20 @@ def test_what_it_refuses_itself_is_a_problem_document(cluster):
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"application/problem+json" in answer
     assert b'"code":"body_too_large"' in answer
+
+
+@with_haproxy
+def test_without_a_replica_clients_of_either_protocol_are_told_why():
+    cluster = Cluster(0)
+    try:
+        url = f"127.0.0.1:{cluster.port}"
+        answer = httpx.post(f"http://{url}/classify", content=b"image", headers=WEBP)
+        assert (answer.status_code, answer.json()["code"], answer.headers["Retry-After"]) == (503, "not_serving", "1")
+        with triton.InferenceServerClient(url) as client, pytest.raises(InferenceServerException) as failure:
+            client.get_model_metadata("fast")
+        assert failure.value.message() == answer.json()["detail"]
+    finally:
+        cluster.stop()
 
 
 @with_haproxy
