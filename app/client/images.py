@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -27,6 +28,18 @@ UNREADABLE = "unreadable"
 UNREACHABLE = "unreachable"
 
 _PNG_MODES = {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"}
+_WITHOUT_LOSS = {
+    "I": ("I;16",),
+    "I;16B": ("I", "I;16"),
+    "I;16L": ("I", "I;16"),
+    "I;16N": ("I", "I;16"),
+    "La": ("LA",),
+    "PA": ("RGBA",),
+    "RGBa": ("RGBA",),
+}
+"""By which modes others become one of a PNG; those left out become RGB. Pillow clips 16-bit grey to 8 bits on any shorter way."""
+
+_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +110,14 @@ def encode(image: ImageInput) -> bytes:
         ValueError: an array is not uint8 [H, W, 3] or [H, W].
         TypeError: something else was passed.
     """
+    _check_type(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes()
     if _is_a(image, "numpy", "ndarray"):
         return _png(_from_array(cast("NDArray[np.uint8]", image)))
-    if _is_a(image, "PIL.Image", "Image"):
-        return _png(cast("Image.Image", image))
-    raise TypeError(f"an image is a path, bytes, a Pillow image or a numpy array, not {type(image).__name__}")
+    return _png(cast("Image.Image", image))
 
 
 def filename_of(image: ImageInput) -> str | None:
@@ -127,6 +139,7 @@ def load(index: int, image: ImageInput) -> Picture | ClassificationError:
     Raises:
         TypeError: what was passed is no image at all.
     """
+    _check_type(image)  # apart from encoding: Pillow raises TypeError, too
     filename = filename_of(image)
     try:
         data = encode(image)
@@ -137,9 +150,7 @@ def load(index: int, image: ImageInput) -> Picture | ClassificationError:
         return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error.strerror or error}", None)
     except ValueError as error:
         return ClassificationError(index, filename, UNREADABLE, str(error), None)
-    except TypeError:
-        raise
-    except Exception as error:  # a damaged file opened by Pillow raises SyntaxError, struct.error, zlib.error, …
+    except Exception as error:  # a damaged file opened by Pillow raises SyntaxError, struct.error, zlib.error, TypeError, …
         return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error or type(error).__name__}", None)
 
 
@@ -165,6 +176,12 @@ def batches(images: Iterable[ImageInput], size: int) -> Iterator[Batch]:
         yield batch
 
 
+def _check_type(image: object) -> None:
+    known = isinstance(image, str | os.PathLike | bytes | bytearray | memoryview)
+    if not known and not _is_a(image, "numpy", "ndarray") and not _is_a(image, "PIL.Image", "Image"):
+        raise TypeError(f"an image is a path, bytes, a Pillow image or a numpy array, not {type(image).__name__}")
+
+
 def _is_a(value: Any, module: str, name: str) -> bool:
     """`isinstance` without importing: whoever made the value has imported its module."""
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
@@ -180,8 +197,22 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    exif = image.getexif()  # holds the orientation, which the server applies as it does for the file itself
+    image.load()  # turns a TIFF upright, which is then no more to be done
+    exif = _orientation_alone(image)
     if image.mode not in _PNG_MODES:
-        image = image.convert("I;16" if image.mode == "I" else "RGB")
+        for mode in _WITHOUT_LOSS.get(image.mode, ("RGB",)):
+            image = image.convert(mode)
     image.save(buffer, "PNG", compress_level=1, exif=exif)  # a little larger than the best and several times faster
     return buffer.getvalue()
+
+
+def _orientation_alone(image: Image.Image) -> Image.Exif:
+    """Of EXIF what the server applies: nobody needs the place and the maker's notes, and an odd tag cannot be written again."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    with suppress(Exception):  # what cannot be read turns nothing, as with the file itself
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+        if isinstance(orientation, int) and 2 <= orientation <= 8:
+            exif[_ORIENTATION_TAG] = orientation
+    return exif

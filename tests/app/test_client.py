@@ -17,11 +17,12 @@ from email.utils import formatdate
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from app.client import AsyncClient, Client, Overloaded, RequestFailed, Unreachable
 from app.client.exchange import BACKOFF_S, Pause, Send, Wanted, exchange
-from app.client.images import Picture, batches, encode
+from app.client.images import Picture, batches, encode, load
+from app.images import DecodeLimits, ResizeRule, decode_image
 from tests.server import ScriptedServer
 
 ANSWER = {
@@ -63,17 +64,120 @@ def test_pixels_are_sent_without_loss(shape):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(image)))), pixels)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "F", "I", "I;16"])
-def test_pillow_images_of_every_mode_are_encoded(mode):
-    image = Image.new("L", (4, 4), 200).convert(mode) if mode not in {"I;16", "LA"} else Image.new(mode, (4, 4))
-    assert Image.open(io.BytesIO(encode(image))).size == (4, 4)
+GREY = np.arange(0, 256, 4, np.uint8).reshape(8, 8)
+FADING = np.ascontiguousarray(GREY.T)
 
 
-def test_a_photo_keeps_its_orientation(tmp_path):
+def as_mode(mode: str) -> Image.Image:
+    """GREY as a Pillow image; FADING is how much of it shows, where the mode has that."""
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, (8, 8), (GREY.astype(np.uint16) * 257).astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    if mode == "I":
+        return Image.fromarray(GREY.astype(np.int32) * 257)
+    grey = Image.fromarray(GREY)
+    if mode in {"LA", "La", "RGBA", "RGBa"}:
+        clear = grey.convert("LA" if mode.startswith("L") else "RGBA")
+        clear.putalpha(Image.fromarray(FADING))
+        return clear.convert(mode)
+    if mode == "PA":
+        clear = grey.convert("P").convert("PA")
+        clear.putalpha(Image.fromarray(FADING))
+        return clear
+    return grey.convert("RGB").convert(mode) if mode in {"CMYK", "HSV", "YCbCr"} else grey.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "L",
+        "LA",
+        "La",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBa",
+        "RGBX",
+        "CMYK",
+        "YCbCr",
+        "HSV",
+        "F",
+        "I",
+        "I;16",
+        "I;16B",
+        "I;16L",
+        "I;16N",
+    ],
+)
+def test_the_service_sees_a_pillow_image_of_any_mode_as_it_is(mode):
+    pixels = decode_image(encode(as_mode(mode)), ResizeRule(8), DecodeLimits(64, 8)).pixels
+    shown = FADING / 255.0 if mode.lower().endswith("a") else 1.0
+    expected = (GREY * shown + 255 * (1 - shown))[..., None].repeat(3, axis=2)
+    assert np.abs(pixels - expected).max() <= 2  # what is multiplied by how much shows was rounded, and so is YCbCr
+
+
+def test_black_and_white_is_sent_without_loss():
+    bits = Image.fromarray(GREY).convert("1")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode(bits)))), np.asarray(bits))
+
+
+ASCII, SHORT, SSHORT, FLOAT = 2, 3, 8, 11
+ORIENTATION = 0x0112
+
+
+def photo(*tags: tuple[int, int, object]) -> bytes:
+    """A JPEG of 8 x 4 pixels, its left half red.
+
+    Args:
+        *tags: of EXIF: number, type, value.
+    """
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, kind, value in tags:
+        directory.tagtype[tag] = kind
+        directory[tag] = value
+    image, buffer = Image.new("RGB", (8, 4), "blue"), io.BytesIO()
+    image.paste("red", (0, 0, 4, 4))
+    image.save(buffer, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + directory.tobytes(8), quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        [(ORIENTATION, SHORT, 6)],
+        [(ORIENTATION, SHORT, 6), (282, ASCII, "72")],
+        [(ORIENTATION, SHORT, 6), (296, ASCII, "2")],
+        [(ORIENTATION, SHORT, 6), (256, FLOAT, 4.5)],
+        [(ORIENTATION, ASCII, "6")],
+        [(ORIENTATION, SSHORT, -1)],
+        [(ORIENTATION, SHORT, 9)],
+    ],
+)
+def test_a_photo_that_pillow_opened_is_seen_as_its_file_is_whatever_its_exif_says(tags):
+    data = photo(*tags)
+    sent = load(0, Image.open(io.BytesIO(data)))
+    assert isinstance(sent, Picture)
+    rule, limits = ResizeRule(4, "squash", "box"), DecodeLimits(64, 8)
+    assert np.array_equal(decode_image(sent.data, rule, limits).pixels, decode_image(data, rule, limits).pixels)
+
+
+def test_of_exif_the_orientation_alone_is_sent():
     exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert Image.open(io.BytesIO(encode(Image.open(tmp_path / "a.jpg")))).getexif()[0x0112] == 6
+    exif[ORIENTATION] = 6
+    exif[0x010F] = "a maker"
+    exif.get_ifd(0x8825)[1] = "N"  # GPS
+    image = Image.new("RGB", (4, 8))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert dict(Image.open(io.BytesIO(encode(Image.open(buffer)))).getexif()) == {ORIENTATION: 6}
+
+
+def test_a_tiff_which_pillow_turns_upright_itself_is_not_turned_twice(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (4, 8)).save(tmp_path / "a.tiff", exif=exif)
+    sent = Image.open(io.BytesIO(encode(Image.open(tmp_path / "a.tiff"))))
+    assert (sent.size, dict(sent.getexif())) == ((8, 4), {})
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
@@ -85,6 +189,17 @@ def test_arrays_of_another_kind_are_refused(pixels):
 def test_what_is_no_image_is_a_mistake_of_the_caller():
     with pytest.raises(TypeError, match="not int"):
         list(batches([7], 2))
+
+
+def test_an_image_on_which_pillow_raises_a_type_error_is_reported_in_its_place():
+    class Odd(Image.Image):
+        def load(self) -> None:
+            raise TypeError("bad operand type for abs(): 'str'")
+
+    (batch,) = batches([Odd(), b"good"], 2)
+    bad, good = batch.entries
+    assert (bad.index, bad.code, bad.detail) == (0, "unreadable", "cannot be read: bad operand type for abs(): 'str'")
+    assert good.data == b"good"
 
 
 def test_a_reused_buffer_is_copied_before_the_next_is_asked_for():
