@@ -262,7 +262,13 @@ def _require(fits: bool, message: str) -> None:
 
 
 def _read_key(path: Path | None) -> str | None:
-    return path.read_text().strip() if path else None
+    """The first key in the file, which may be the server's own with several."""
+    if not path:
+        return None
+    lines = path.read_text("ascii", "replace").splitlines()  # another character the client refuses, as it does in a key
+    key = next(filter(None, map(str.strip, lines)), "")
+    _require(bool(key), f"--api-key-file: {path} holds no key")
+    return key
 
 
 def _open_client(url: str, api_key: str | None, **options: Any) -> Client:

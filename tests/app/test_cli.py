@@ -19,6 +19,7 @@ import pytest
 
 from app.cli import main
 from app.cli_classify import expand, find_images
+from tests.server import ScriptedServer
 
 
 def command(*arguments: object) -> list[str]:
@@ -263,6 +264,29 @@ def test_ctrl_c_ends_it_with_whole_rows(samples, server, base_url, tmp_path):
     rows = list(csv.reader(io.StringIO((begin + rest).decode())))
     assert {len(row) for row in rows} == {5}
     assert [row[0] for row in rows[1:201]] == [str(sample.path) for sample in samples[: len(rows) - 1]]
+
+
+def test_the_first_key_of_the_servers_own_file_is_sent(samples, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("\n  first \r\nsecond\n")
+    server = ScriptedServer((401, {}, {"code": "unauthorized", "detail": "another key"}))
+    result = run("classify", samples[0].path, "--url", server.url, "--api-key-file", keys)
+    assert (result.returncode, "another key" in result.stderr) == (1, True)
+    ((_, head),) = server.finish()
+    assert "authorization: bearer first\r\n" in head
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "holds no key"), (b"schl\xc3\xbcssel", "printable ASCII"), (b"a\0b", "printable")]
+)
+def test_a_key_that_cannot_be_sent_is_wrong_usage_and_not_shown(samples, tmp_path, content, message):
+    keys = tmp_path / "keys"
+    keys.write_bytes(content)
+    result = run("classify", samples[0].path, "--url", "http://127.0.0.1:1", "--api-key-file", keys, COLUMNS="500")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not content or content.decode() not in result.stderr
 
 
 def test_a_reader_that_has_enough_ends_it_without_a_trace(samples):
