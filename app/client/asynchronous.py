@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from contextvars import copy_context
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +26,7 @@ from app.client.exchange import (
     Results,
     Wanted,
     authorization,
+    check_count,
     check_deadline,
     check_url,
     exchange,
@@ -45,7 +50,7 @@ class AsyncClient:
         concurrency: requests of one `classify_many` under way at once.
 
     Raises:
-        ValueError: the address or the deadline is none.
+        ValueError: the address, the key or the deadline is none, or a number is less than 1.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class AsyncClient:
         concurrency: int = CONCURRENCY,
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
-        self._batch_size, self._concurrency = batch_size, concurrency
+        self._batch_size, self._concurrency = check_count("batch_size", batch_size), check_count("concurrency", concurrency)
         self._http = httpx.AsyncClient(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
 
     async def classify(
@@ -83,7 +88,8 @@ class AsyncClient:
     ) -> AsyncIterator[Prediction | ClassificationError]:
         """Classifies any number of images; arguments, order and failures as those of `Client.classify_many`.
 
-        `images` is iterated in a task of its own, so answers are given on while it is waited for.
+        `images` is iterated in a task of its own, so answers are given on while it is waited for; in a thread of its own if it is
+        a plain iterable other than a list or tuple. There its last `next` may still wait when the answers are left.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         return self._stream(images, wanted, on_progress or (lambda done: None))
@@ -162,7 +168,7 @@ class AsyncClient:
                     )
             except TimeoutError:
                 reply = httpx.ReadTimeout("the deadline passed")
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reply = error
 
     async def health(self) -> Health:
@@ -176,7 +182,7 @@ class AsyncClient:
     async def _get(self, path: str) -> httpx.Response:
         try:
             return await self._http.get(path, timeout=PROBE_TIMEOUT_S)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Unreachable(f"no answer from {self._http.base_url}: {reason_of(error)}") from error
 
     async def aclose(self) -> None:
@@ -192,14 +198,14 @@ class AsyncClient:
 
 async def _batches(images: Iterable[ImageInput] | AsyncIterable[ImageInput], size: int) -> AsyncGenerator[Batch]:
     """`images.batches` for both kinds of iterables; each image is encoded before the next is asked for."""
-    batch, index = Batch(), 0
+    batch = Batch()
     try:
-        async for image in images if isinstance(images, AsyncIterable) else _each(images):
-            batch.add(load(index, image) if isinstance(image, bytes) else await asyncio.to_thread(load, index, image))
-            index += 1
-            if batch.is_full(size):
-                yield batch
-                batch = Batch()
+        async with aclosing(_entries(images)) as entries:
+            async for entry in entries:
+                batch.add(entry)
+                if batch.is_full(size):
+                    yield batch
+                    batch = Batch()
     except Exception:
         if batch.entries:
             yield batch
@@ -208,6 +214,31 @@ async def _batches(images: Iterable[ImageInput] | AsyncIterable[ImageInput], siz
         yield batch
 
 
-async def _each(images: Iterable[ImageInput]) -> AsyncIterator[ImageInput]:
-    for image in images:
-        yield image
+async def _entries(
+    images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+) -> AsyncGenerator[Picture | ClassificationError]:
+    if isinstance(images, AsyncIterable):
+        index = 0
+        async for image in images:
+            yield await _load(index, image)
+            index += 1
+    elif isinstance(images, list | tuple):
+        for index, image in enumerate(images):
+            yield await _load(index, image)
+    else:  # the next may be long in coming (a camera, a queue): the loop goes on meanwhile
+        context, entries = copy_context(), map(load, itertools.count(), images)
+
+        def take() -> Picture | ClassificationError | None:
+            return next(entries, None)
+
+        # of its own: a few that wait would take all threads of the loop, and what a generator has opened may be bound to one
+        thread = ThreadPoolExecutor(1, "convmixer-source")
+        try:
+            while entry := await asyncio.get_running_loop().run_in_executor(thread, context.run, take):
+                yield entry
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)  # whoever leaves need not wait for one more image
+
+
+async def _load(index: int, image: ImageInput) -> Picture | ClassificationError:
+    return load(index, image) if isinstance(image, bytes) else await asyncio.to_thread(load, index, image)

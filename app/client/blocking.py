@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
 from app.client.asynchronous import AsyncClient
-from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_deadline, exchange
+from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_count, check_deadline, exchange
 from app.client.images import Batch, ImageInput, Picture, batches, encode, filename_of
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Client:
         concurrency: requests of one `classify_many` under way at once.
 
     Raises:
-        ValueError: the address or the deadline is none.
+        ValueError: the address, the key or the deadline is none, or a number is less than 1.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Client:
         concurrency: int = CONCURRENCY,
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
-        self._batch_size, self._concurrency = batch_size, concurrency
+        self._batch_size, self._concurrency = check_count("batch_size", batch_size), check_count("concurrency", concurrency)
         self._client = AsyncClient(url, api_key=api_key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="convmixer-client", daemon=True)
@@ -178,6 +178,7 @@ class Client:
 
         Raises:
             Unreachable: no answer.
+            Overloaded: a proxy has no process to ask.
             RequestFailed: this is not the service.
         """
         return self._run(self._client.health())
@@ -200,6 +201,7 @@ class Client:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
             await self._client.aclose()
+            await self._loop.shutdown_asyncgens()  # httpx leaves some behind that read a damaged body
 
         with self._closing:
             if self._closed:

@@ -61,6 +61,7 @@ _RETRIED = {
     HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _TOO_LARGE = {HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_TIMEOUT}
+_MAX_PORT = 65535
 _REJECTIONS = {"body_too_large", "image_too_large", "unsupported_image", "undecodable_image"}
 _KINDS: dict[int, type[RequestFailed]] = {
     HTTPStatus.UNAUTHORIZED: Unauthorized,
@@ -68,6 +69,10 @@ _KINDS: dict[int, type[RequestFailed]] = {
     HTTPStatus.SERVICE_UNAVAILABLE: Overloaded,
     HTTPStatus.GATEWAY_TIMEOUT: DeadlineExceeded,
 }
+_PROBE_WORDS = ("ok", "unavailable")
+_MISTAKES = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+"""Of the request itself, which is no better the next time."""
+
 _PART = b'--%b\r\nContent-Disposition: form-data; name="images"; filename="image"\r\n\r\n'
 
 
@@ -93,7 +98,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Send:
-    """`POST classify` this, and send back the httpx.Response, or the httpx.TransportError that it raised."""
+    """`POST classify` this, and send back the httpx.Response, or the httpx.RequestError that it raised."""
 
     content: bytes
     headers: dict[str, str]
@@ -108,7 +113,7 @@ class Pause:
     seconds: float
 
 
-Reply: TypeAlias = httpx.Response | httpx.TransportError | None
+Reply: TypeAlias = httpx.Response | httpx.RequestError | None
 Results: TypeAlias = list[Prediction | ClientError]
 Exchange: TypeAlias = Generator[Send | Pause, Reply, Results]
 
@@ -140,7 +145,8 @@ def exchange(
             return outcome
         answered = answered or isinstance(outcome, RequestFailed)
         too_large = isinstance(outcome, RequestFailed) and outcome.status in _TOO_LARGE and len(pictures) > 1
-        if isinstance(outcome, Unreachable) or (isinstance(outcome, RequestFailed) and outcome.status in _RETRIED):
+        lost = isinstance(outcome, Unreachable) and not isinstance(reply, _MISTAKES)
+        if lost or (isinstance(outcome, RequestFailed) and outcome.status in _RETRIED):
             pause_s = _pause_s(refusals, outcome)
             if time.monotonic() + pause_s >= end:
                 return _give_up(outcome, pictures, answered)
@@ -168,9 +174,11 @@ def check_url(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url!r} is no address; {example}")
     try:
-        httpx.URL(url)
+        port = httpx.URL(url).port
     except httpx.InvalidURL as error:
         raise ValueError(f"{url!r} is no address: {error}; {example}") from error
+    if port is not None and not 1 <= port <= _MAX_PORT:
+        raise ValueError(f"{url!r} is no address: there is no port {port}; {example}")
     return url
 
 
@@ -188,21 +196,43 @@ def check_deadline(deadline_s: float) -> float:
     return deadline_s
 
 
+def check_count(name: str, count: int) -> int:
+    """A number of which there must be one at least: with room for no request, all would wait for ever.
+
+    Args:
+        name: of the argument.
+        count: its value.
+
+    Raises:
+        ValueError: less than 1.
+    """
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
+    return count
+
+
 def authorization(api_key: str | None) -> dict[str, str]:
     """The header that carries the key (RFC 6750).
 
     Args:
         api_key: None: no header.
+
+    Raises:
+        ValueError: no header can carry it. httpx would say so at each request, and show the key.
     """
+    if api_key and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        raise ValueError("the API key must be one line of printable ASCII, without spaces around it")
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-def reason_of(error: httpx.TransportError | None) -> str:
+def reason_of(error: httpx.RequestError | None) -> str:
     """Why there is no answer: what the system said of a connection, where httpx says only that none was made.
 
     Args:
         error: of httpx.
     """
+    if isinstance(error, httpx.LocalProtocolError):
+        return "HTTP does not allow such a request"  # which one it says itself, with what may be secret
     cause: BaseException | None = error
     while cause := cause and (cause.__cause__ or cause.__context__):
         if isinstance(cause, BaseExceptionGroup):  # of one error an address
@@ -223,8 +253,11 @@ def read_health(livez: httpx.Response, readyz: httpx.Response) -> Health:
         RequestFailed: one of them is no probe's answer.
     """
     for response in (livez, readyz):
-        if "status" not in _problem(response) or response.status_code not in {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}:
-            raise _failure(response, {})
+        problem = _problem(response)
+        if response.status_code not in {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}:
+            raise _failure(response, problem)
+        if problem.get("status") not in _PROBE_WORDS:  # a proxy without a replica answers 503 as well, and its `status` is 503
+            raise _stranger(response) if response.status_code == HTTPStatus.OK else _failure(response, problem)
     reason = _problem(livez).get("reason") or _problem(readyz).get("reason")
     return Health(livez.status_code == HTTPStatus.OK, readyz.status_code == HTTPStatus.OK, reason)
 
@@ -274,7 +307,7 @@ def _read(reply: Reply, pictures: list[Picture]) -> Results | ClientError:
             else Prediction.from_wire(answer, model, request_id, picture.index, picture.filename)
             for answer, picture in zip(answers, pictures, strict=True)
         ]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return _stranger(reply)
 
 
@@ -282,7 +315,7 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
     """The JSON object in the body; empty if there is none."""
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 
@@ -298,8 +331,8 @@ def _failure(response: httpx.Response, problem: dict[str, Any]) -> RequestFailed
         phrase = HTTPStatus(status).phrase
     except ValueError:
         phrase = "unknown status"
-    code = problem.get("code") or phrase.lower().replace(" ", "_")
-    detail = problem.get("detail") or f"{response.url} answered {status} {phrase}"
+    code = str(problem.get("code") or phrase.lower().replace(" ", "_"))
+    detail = str(problem.get("detail") or f"{response.url} answered {status} {phrase}")
     kind = ImageRejected if code in _REJECTIONS else _KINDS.get(status, RequestFailed)
     request_id = problem.get("request_id") or response.headers.get("X-Request-ID")
     return kind(status, code, detail, request_id=request_id, retry_after_s=_retry_after_s(response))
@@ -308,11 +341,11 @@ def _failure(response: httpx.Response, problem: dict[str, Any]) -> RequestFailed
 def _retry_after_s(response: httpx.Response) -> float | None:
     """`Retry-After` (RFC 9110, 10.2.3): seconds, or a date."""
     value = response.headers.get("Retry-After", "")
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

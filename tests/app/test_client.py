@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from email.utils import formatdate
 
 import httpx
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from app.client import AsyncClient, Client, Overloaded, RequestFailed, Unreachable
+from app.client import AsyncClient, Client, Health, Overloaded, RequestFailed, Unreachable
 from app.client.exchange import BACKOFF_S, Pause, Send, Wanted, exchange
 from app.client.images import Picture, batches, encode, load
 from app.images import DecodeLimits, ResizeRule, decode_image
@@ -369,6 +369,71 @@ def test_a_live_stream_has_its_answers_before_the_next_image_comes():
     server.finish()
 
 
+def test_a_plain_generator_that_waits_for_its_next_image_holds_neither_the_answers_nor_the_loop():
+    server = ScriptedServer(*[(200, {}, ANSWER)] * 3)
+    answered, threads = threading.Semaphore(0), set()
+
+    def camera() -> Iterator[bytes]:
+        for _ in range(3):
+            threads.add(threading.current_thread())
+            yield b"frame"
+            assert answered.acquire(timeout=20), "the answer was held back"
+
+    async def run() -> int:
+        count = 0
+        async with AsyncClient(server.url, batch_size=1) as client:
+            async for _ in client.classify_many(camera()):
+                count += 1
+                answered.release()
+        return count
+
+    assert asyncio.run(run()) == 3
+    assert len(threads) == 1  # what it opens may be bound to its thread, as sqlite is
+    server.finish()
+
+
+def test_whoever_leaves_need_not_wait_for_one_more_image():
+    server = ScriptedServer((200, {}, ANSWER))
+    motion, threads = threading.Event(), []
+
+    def camera() -> Iterator[bytes]:
+        threads.append(threading.current_thread())
+        yield b"frame"
+        motion.wait(20)
+        yield b"another"
+
+    async def run() -> None:
+        async with AsyncClient(server.url, batch_size=1) as client, aclosing(client.classify_many(camera())) as stream:
+            assert (await anext(stream)).label == "cat"
+
+    asyncio.run(run())
+    assert threads[0].is_alive()
+    motion.set()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
+    server.finish()
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_is_taken_without_a_thread(kind):
+    class Watched(kind):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[bytes]:
+            for image in super().__iter__():
+                threads.append(threading.current_thread())
+                yield image
+
+    threads: list[threading.Thread] = []
+    server = ScriptedServer((200, {}, ANSWER))
+
+    async def run() -> None:
+        async with AsyncClient(server.url) as client:
+            assert [result.label async for result in client.classify_many(Watched([b"a"]))] == ["cat"]
+
+    asyncio.run(run())
+    assert threads == [threading.current_thread()]
+    server.finish()
+
+
 def test_a_picture_that_pillow_opened_and_cannot_read_is_reported_in_its_place():
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(buffer, "PNG")
@@ -389,6 +454,9 @@ def test_a_picture_that_pillow_opened_and_cannot_read_is_reported_in_its_place()
         ((307, {"Location": "https://elsewhere"}, b""), "307 Temporary Redirect"),
         ((599, {}, b""), "599 unknown status"),
         ((404, {}, {"code": "not_found", "detail": "Not Found"}), "not_found: Not Found"),
+        ((404, {}, {"code": ["a", "b"], "detail": {"c": 1}}), "'a', 'b'"),
+        ((200, {}, {"predictions": [[]], "request_id": "", "model": {"name": "", "version": ""}}), "is the address right"),
+        ((200, {}, b"[" * 200_000), "is the address right"),
     ],
 )
 def test_a_stranger_is_recognised(answer, message):
@@ -396,6 +464,75 @@ def test_a_stranger_is_recognised(answer, message):
     with Client(server.url) as client, pytest.raises(RequestFailed, match=message):
         client.classify(b"image")
     server.finish()
+
+
+@pytest.mark.parametrize("value", ["\N{SUPERSCRIPT TWO}", "1 Jan 99999999999 00:00:00 GMT", "soon"])
+def test_what_retry_after_does_not_say_is_not_waited_for(value):
+    server = ScriptedServer((503, {"Retry-After": value}, BUSY), (200, {}, ANSWER))
+    with Client(server.url) as client:
+        assert client.classify(b"image").label == "cat"
+    server.finish()
+
+
+def test_an_answer_that_cannot_be_unpacked_is_asked_for_again():
+    damaged = (200, {"Content-Encoding": "gzip"}, b"no gzip")
+    server = ScriptedServer(damaged, (200, {}, ANSWER), damaged)
+    with Client(server.url) as client:
+        assert client.classify(b"image").label == "cat"
+        with pytest.raises(Unreachable, match="decompressing"):
+            client.model()
+    server.finish()
+
+
+def test_a_proxy_without_a_replica_is_no_reason_to_restart_anything():
+    problem = {"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "no replica is ready"}
+    server = ScriptedServer((503, {"Retry-After": "2"}, problem), (503, {}, problem))
+    with Client(server.url) as client, pytest.raises(Overloaded, match="no replica is ready") as caught:
+        client.health()
+    assert caught.value.status == 503
+    server.finish()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ([(200, {}, {"status": "ok"})] * 2, Health(live=True, ready=True, reason=None)),
+        ([(503, {}, {"status": "unavailable", "reason": "dead"})] * 2, Health(live=False, ready=False, reason="dead")),
+    ],
+)
+def test_what_the_service_says_of_itself_is_health(answers, expected):
+    server = ScriptedServer(*answers)
+    with Client(server.url) as client:
+        assert client.health() == expected
+    server.finish()
+
+
+def test_another_service_has_no_health():
+    server = ScriptedServer(*[(200, {}, {"status": "green"})] * 2)
+    with Client(server.url) as client, pytest.raises(RequestFailed, match="is the address right"):
+        client.health()
+    server.finish()
+
+
+@pytest.mark.parametrize(
+    "mistake", [httpx.LocalProtocolError("Illegal header value b'secret'"), httpx.UnsupportedProtocol("ftp")]
+)
+def test_a_request_that_cannot_be_sent_is_not_tried_again_nor_shown(mistake):
+    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20))
+    assert isinstance(next(conversation), Send)
+    with pytest.raises(Unreachable) as caught:
+        conversation.send(mistake)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    "key", ["one\nsecond", "secret\n", " secret", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel", "a\x7f"]
+)
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(client, key):
+    with pytest.raises(ValueError, match="must be one line of printable ASCII") as caught:
+        client(api_key=key)
+    assert key.strip() not in str(caught.value)
 
 
 def test_another_service_is_no_model():
@@ -427,11 +564,22 @@ def test_closing_ends_a_pause():
 
 
 @pytest.mark.parametrize(
-    "options", [{"url": "localhost:8000"}, {"url": "http://127.0.0.1:80a0"}, {"deadline_s": 0}, {"deadline_s": 3601}]
+    "options",
+    [
+        {"url": "localhost:8000"},
+        {"url": "http://127.0.0.1:80a0"},
+        {"url": "http://127.0.0.1:99999"},
+        {"url": "http://127.0.0.1:0"},
+        {"deadline_s": 0},
+        {"deadline_s": 3601},
+        {"concurrency": 0},
+        {"batch_size": 0},
+    ],
 )
-def test_bad_arguments_are_refused_at_once(options):
-    with pytest.raises(ValueError, match=r"begins with http|deadline_s must be"):
-        Client(**options)
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_bad_arguments_are_refused_at_once(client, options):
+    with pytest.raises(ValueError, match=r"begins with http|(deadline_s|concurrency|batch_size) must be"):
+        client(**options)
 
 
 def test_parameters_are_checked_before_anything_is_sent():
