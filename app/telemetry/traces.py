@@ -50,9 +50,12 @@ def asked_for(environment: Mapping[str, str]) -> bool:
         return False
     if exporters == "none" or not (exporters or any(environment.get(name) for name in endpoints)):
         return False
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        if environment.get(name, "http/protobuf") != "http/protobuf":
-            logger.warning("%s=%s is not known here, nothing is traced; set http/protobuf", name, environment[name])
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):  # the first that says something wins
+        protocol = environment.get(name, "").strip()
+        if protocol == "http/protobuf":
+            break
+        if protocol:
+            logger.warning("%s=%s is not known here, nothing is traced; set http/protobuf", name, protocol)
             return False
     return True
 
