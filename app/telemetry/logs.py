@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger, message, and what the call gave as `extra` as key=value; nothing in it can move the cursor."""
+    """Time, level, logger, message, `extra` as key=value, exception; nothing in it can move the cursor but the ends of lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -46,7 +46,24 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
         """The first line."""
         line = " ".join([super().formatMessage(record), *(f"{key}={value}" for key, value in extra(record).items())])
-        return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+        return visible(line)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 -- logging's name
+        """The trace: lines that end where they did."""
+        return "\n".join(map(visible, super().formatException(ei).split("\n")))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802 -- logging's name
+        """Likewise."""
+        return "\n".join(map(visible, super().formatStack(stack_info).split("\n")))
+
+
+def visible(text: str) -> str:
+    r"""The text with `\x1b`, `\n`, … for each character that a terminal would not show but do.
+
+    Args:
+        text: with anything in it.
+    """
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def extra(record: logging.LogRecord) -> dict[str, Any]:

@@ -48,6 +48,15 @@ def test_text_lines_cannot_move_the_cursor():
     assert line.endswith(r"INFO    app.test: GET /\x1b[2J\n/forged line request_id=abc")
 
 
+def test_an_exception_cannot_move_the_cursor_either():
+    entry = record("failed")
+    entry.exc_info = (ValueError, ValueError("caf\x1b[2J\n\rforged"), None)
+    entry.stack_info = "Stack\x07"
+    first, *trace = TextFormatter().format(entry).split("\n")
+    assert first.endswith("failed")
+    assert trace == [r"ValueError: caf\x1b[2J", r"\rforged", r"Stack\x07"]
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(pipe, blocking):
     reading, writing = pipe
