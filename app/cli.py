@@ -1,4 +1,4 @@
-"""The `convmixer` command. Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted."""
+"""The `convmixer` command. Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted, 143 terminated."""
 
 from __future__ import annotations
 
@@ -129,6 +129,8 @@ def classify(
     Images that cannot be read are reported on standard error, and in their row; the others are classified.
     """
     from app.cli_classify import STDIN, classify_here, classify_there, expand, find_images, open_writer, read_list
+    from app.paths import printable
+    from app.telemetry.logs import visible
 
     patterns = paths or []
     to_terminal = not (parquet or output) and sys.stdout.isatty()
@@ -155,6 +157,7 @@ def classify(
     shows_bar = watched and not to_terminal
     total = sum(1 for _ in files()) if shows_bar and not files_from else None
     begin, done, failed = time.monotonic(), 0, 0
+    signal.signal(signal.SIGTERM, _terminate)
     with ExitStack() as stack:
         if url:
             client = stack.enter_context(
@@ -176,7 +179,7 @@ def classify(
             done += 1
             if "error" in row:
                 failed += 1
-                typer.secho(f"{row['filename']}  {row['error']['detail']}", fg="red", err=True)
+                typer.secho(visible(f"{printable(row['filename'])}  {row['error']['detail']}"), fg="red", err=True)
     if not done:
         raise StartupError(f"no image in {files_from or ', '.join(patterns)}")
     if watched:
@@ -184,6 +187,12 @@ def classify(
         typer.echo(f"{done:,} images in {seconds:.1f} s, {done / seconds:.0f} a second; {failed:,} failed", err=True)
     if failed:
         raise SystemExit(1)
+
+
+def _terminate(*_: object) -> None:
+    """Ends as Ctrl-C does: what was classified is written, and a Parquet file gets its end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut that short
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 @app.command()

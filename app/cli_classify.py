@@ -12,17 +12,19 @@ import io
 import json
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import typer
 
-from app.errors import ServiceError
+from app.errors import InferenceFailed, ServiceError, StartupError
 from app.paths import find_files, printable
+from app.telemetry.logs import visible
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -38,6 +40,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp"}
 
 _WINDOW = 64
 """Images in flight at least: enough to keep every core busy, few enough to keep memory flat."""
+
+_LOOK_S = 5.0
+"""While an answer is awaited, so often is asked whether the engine is alive."""
 
 _ROWS_PER_GROUP = 4096
 """Rows that a Parquet file is written in."""
@@ -114,6 +119,9 @@ def classify_here(service: Service, files: Iterable[str], top_k: int) -> Generat
         service: the running engine.
         files: paths.
         top_k: classes in a row.
+
+    Raises:
+        StartupError: the engine has failed, and would on all that is left.
     """
     scheduler, settings = service.scheduler, service.settings
     window = min(max(_WINDOW, 2 * scheduler.workers * scheduler.max_batch), settings.max_queue)
@@ -175,10 +183,20 @@ def _row(service: Service, index: int, path: str, _: int, pending: Future[Outcom
     try:
         if isinstance(pending, ServiceError):
             raise pending
+        while not wait([pending], _LOOK_S).done:
+            _raise_if_failed(service)
         outcome = pending.result()
     except ServiceError as error:
+        if isinstance(error, InferenceFailed):
+            _raise_if_failed(service)
         return dict(item_error(index, path, error))
     return dict(judge(outcome, service.metadata, index=index, filename=path, top_k=top_k))
+
+
+def _raise_if_failed(service: Service) -> None:
+    if reason := service.scheduler.failure():
+        service.drain_by = time.monotonic()  # what a failed engine has in hand is not waited for
+        raise StartupError(f"{reason}; the rows so far are written")
 
 
 @contextmanager
@@ -190,10 +208,11 @@ def open_writer(format_name: str, output: Path | None) -> Iterator[Write]:
         output: file; None: standard output.
 
     Raises:
-        typer.BadParameter: the file cannot be written.
+        typer.BadParameter: the file cannot be opened.
+        StartupError: it cannot be written any more.
     """
     try:
-        file: IO[Any] = output.open("wb") if output and format_name == "parquet" else _open_text(output)
+        file: IO[Any] = io.BufferedWriter(_Output(output)) if format_name == "parquet" else _open_text(output)
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written: {error.strerror}") from error
     with file:
@@ -204,10 +223,37 @@ def open_writer(format_name: str, output: Path | None) -> Iterator[Write]:
             yield {"table": _table, "json": _json, "csv": _csv}[format_name](file)
 
 
+class _Output(io.FileIO):
+    """Where rows go.
+
+    Args:
+        path: None: standard output.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__(sys.stdout.fileno() if path is None else path, "w", closefd=path is not None)
+        self._called = path or "standard output"
+
+    def write(self, data: Any, /) -> int:
+        """Writes some of the bytes.
+
+        Raises:
+            BrokenPipeError: the reader has enough.
+            StartupError: the disk is full, or else it cannot be done.
+        """
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StartupError(f"{self._called} cannot be written: {error.strerror}") from error
+
+
 def _open_text(output: Path | None) -> IO[str]:
     """Names of files are bytes; those that are no UTF-8 come out as they went in."""
-    target = output or sys.stdout.fileno()
-    return open(target, "w", encoding="utf-8", errors="surrogateescape", newline="", closefd=output is not None)
+    raw = _Output(output)
+    is_watched = raw.isatty()
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "surrogateescape", newline="", line_buffering=is_watched)
 
 
 def _json(file: IO[str]) -> Write:
@@ -236,7 +282,8 @@ def _table(file: IO[str]) -> Write:
     def write(row: Row) -> None:
         if "error" not in row:
             unsure = "" if row.get("in_distribution", True) else "  (perhaps none of the classes)"
-            print(f"{row['label']:14} {row['confidence']:10.1%}  {row['filename']}{unsure}", file=file, flush=True)
+            line = f"{row['label']:14} {row['confidence']:10.1%}  {printable(row['filename'])}{unsure}"
+            print(visible(line), file=file, flush=True)
 
     return write
 
@@ -262,8 +309,9 @@ def _parquet(file: IO[bytes]) -> Iterator[Write]:
     rows: list[Row] = []
 
     def flush() -> None:
-        table.write_table(pa.Table.from_pylist(rows, schema=schema))
-        rows.clear()
+        group = pa.Table.from_pylist(rows, schema=schema)
+        rows.clear()  # first: a signal while it is written must not have it written again
+        table.write_table(group)
 
     def write(row: Row) -> None:
         error = row.get("error", {})

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -197,6 +198,16 @@ def test_a_person_gets_a_table_and_elsewhere_a_progress_bar(mixed, samples, tmp_
     assert (tmp_path / "out.csv").read_bytes().count(b"\n") == 5
 
 
+def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
+    good, bad = (tmp_path / f"{name}\x1b[2J.webp" for name in ("good", "bad"))
+    good.write_bytes(samples[1].data)
+    bad.touch()
+    seen = on_terminal("classify", good, bad)
+    assert re.search(r"good\\x1b\[2J\.webp", seen)
+    assert re.search(r"bad\\x1b\[2J\.webp  ", seen)
+    assert "\x1b[2J" not in seen
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -242,6 +253,38 @@ def test_a_missing_extra_is_named(module, extra, tmp_path, samples):
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {module} is missing; install convmixer-serve{extra}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_sigterm_loses_no_row_that_was_made(form, samples, tmp_path):
+    endless, output = tmp_path / "list", tmp_path / "out"
+    endless.write_text("".join(f"{sample.path}\n" for sample in samples) * 500)
+    options = ["--parquet", output] if form == "parquet" else ["--output", output]
+    process = subprocess.Popen(command("classify", "--files-from", endless, *options), stderr=subprocess.PIPE, env=environment())
+    while not output.exists() or (form == "csv" and output.stat().st_size < 10_000):
+        assert process.poll() is None
+        time.sleep(0.01)
+    if form == "parquet":
+        time.sleep(3)  # thousands of rows are written together
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not errors
+    if form == "parquet":
+        files = pq.read_table(output)["file"].to_pylist()
+    else:
+        assert output.read_bytes().endswith(b"\n")
+        files = [row["file"] for row in csv.DictReader(io.StringIO(output.read_text()))]
+    assert files
+    assert files == [str(samples[i % len(samples)].path) for i in range(len(files))]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "json"])
+def test_a_full_disk_is_one_line(form, samples):
+    path = "/dev/full"
+    options = {"csv": ["--output", path], "parquet": ["--parquet", path], "json": ["--json", "--output", path]}[form]
+    result = run("classify", *(sample.path for sample in samples[:3]), *options)
+    assert (result.returncode, result.stderr) == (1, "error: /dev/full cannot be written: No space left on device\n")
 
 
 @pytest.mark.parametrize("server", [False, True])
