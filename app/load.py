@@ -7,6 +7,7 @@ benchmarks use it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import re
 import ssl
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
+
+from app.errors import StartupError
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STATUS = slice(9, 12)
@@ -198,7 +201,7 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
         seconds: to measure.
 
     Raises:
-        OSError: no connection at all.
+        StartupError: one of the connections cannot be opened, as when more files would be open than may be.
     """
     tally, turn = Tally(), 0
     end = time.perf_counter() + seconds
@@ -230,8 +233,14 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
                 next_request(new)
                 return
 
-    for _ in range(clients):
-        connections.add(await _connect(server, tally, next_request, closed))
+    for number in range(1, clients + 1):
+        try:
+            connections.add(await _connect(server, tally, next_request, closed))
+        except OSError as error:
+            end = 0.0
+            _finish(tally, connections)
+            advice = " (`ulimit -n`)" if error.errno == errno.EMFILE else ""
+            raise StartupError(f"connection {number:,} of {clients:,} cannot be opened: {error.strerror or error}{advice}") from error
     begin = time.perf_counter()
     end = begin + seconds
     for connection in list(connections):

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import resource
+import socket
 import time
+from pathlib import Path
 
+import pytest
+
+from app.errors import StartupError
 from app.load import Server, Tally, closed_loop, open_loop, prepare, steady
 from tests.server import ScriptedServer
 
@@ -31,6 +37,23 @@ def test_a_closed_loop_connects_again_and_counts_by_status():
     assert (len(tally.refused), tally.late, tally.unanswered) == (1, 1, 0)
     assert tally.lost >= 2  # the one without an answer, and the connections refused after the end
     assert tally.wrong == tally.lost + 1
+
+
+def test_more_clients_than_open_files_are_one_clear_line():
+    listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+    message = r"^connection \d+ of 1,000 cannot be opened: Too many open files \(`ulimit -n`\)$"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def few_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 10, limits[1]))
+        await closed_loop(Server("127.0.0.1", listening.getsockname()[1]), REQUESTS, 1000, 0.1)
+
+    try:
+        with pytest.raises(StartupError, match=message):
+            asyncio.run(few_files())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        listening.close()
 
 
 def test_an_open_loop_counts_refused_connections():
