@@ -24,7 +24,7 @@ import typer
 
 from app.engine.artifact import read_verified
 from app.errors import StartupError
-from app.ray.shards import PASSING, JobDescription, Place, Shards
+from app.ray.shards import PASSING, SUMMARY, JobDescription, Place, Shards
 from app.settings import Settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray would report to its makers
@@ -55,9 +55,9 @@ def classify_dataset(
     if missing:
         with contextlib.redirect_stdout(sys.stderr):  # where Ray's messages belong
             _compute(shards, job, missing, settings)
-        shards.remove_unfinished()
+    shards.remove_unfinished()
     summary = _summary(shards, job, missing, time.monotonic() - begin)
-    shards.output.write("summary.json", json.dumps(summary, indent=2).encode())
+    shards.output.write(SUMMARY, json.dumps(summary, indent=2).encode())
     typer.echo(json.dumps(summary, indent=2))
     if not PASSING.isdisjoint(summary["rejected"]):
         raise SystemExit("some records could not be read, or the model failed on them; run the same command again to try those")
@@ -77,6 +77,7 @@ def _compute(shards: Shards, job: JobDescription, missing: list[int], settings: 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that there is no bar
     ray.data.DataContext.get_current().enable_progress_bars = False  # they count shards, ours counts images
+    shards.forget_failures()
     results = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing)).map_batches(
         compute_shards,
         batch_size=1,
@@ -87,6 +88,8 @@ def _compute(shards: Shards, job: JobDescription, missing: list[int], settings: 
     with typer.progressbar(length=everything, label="classifying", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         bar.update(everything - left)
         for row in results.iter_rows():
+            if row["failure"]:
+                raise StartupError(f"a worker cannot go on: {row['failure']}; mend that and run the same command again")
             bar.update(int(row["rows"]))
     ray.shutdown()
 

@@ -3,6 +3,7 @@
     OUTPUT/manifest.parquet                    the input's records in shards; written once, read by every run
     OUTPUT/classified/shard-000017.parquet     a shard's predictions
     OUTPUT/rejected/shard-000017.parquet       its records without one, and why
+    OUTPUT/failures/shard-000017.….txt         why an engine failed over it in this run, one file a time
     OUTPUT/summary.json                        the last run's totals
 
 A shard is done when its two files hold exactly as many rows as the manifest says, and name that manifest, so a job may be
@@ -13,7 +14,9 @@ pyarrow (`file://`, `s3://`, `gs://`, …).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import uuid
@@ -37,6 +40,7 @@ PASSING = {UNREADABLE, InferenceFailed.code}
 """Codes that say nothing of the record, which the next run tries again: storage was away, or a worker's accelerator broken."""
 
 MANIFEST = "manifest.parquet"
+SUMMARY = "summary.json"
 _DESCRIPTION = b"convmixer"
 """Key of the job's description in the manifest's metadata."""
 
@@ -47,6 +51,7 @@ _MANIFEST_SCHEMA = pa.schema([("path", pa.string()), ("row_group", pa.int32()), 
 _READERS = 32
 """Small files read at once."""
 
+_UNFINISHED = ".unfinished"
 _RENAMING_FILE_SYSTEMS = {"local", "hdfs"}
 """There a file grows before everyone's eyes, so it gets its name when it is whole; an object appears whole anyway."""
 
@@ -125,35 +130,64 @@ class Place:
     def __truediv__(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
 
-    def files(self, folder: str = "") -> Iterator[str]:
+    def files(self, folder: str = "", *, deep: bool = True) -> Iterator[str]:
         """Paths, from here, of all files below, in any order; none if the folder does not exist.
+
+        Args:
+            folder: where to look.
+            deep: also in the folders there.
 
         Raises:
             OSError: a folder cannot be looked into.
         """
         begin = (self / folder).rstrip("/")
         if self.fs.type_name == "local":  # Arrow would go round in links that lead back, and refuse names that are no UTF-8
-            paths = (path for path in find_files(begin, _raise_unless_gone) if os.path.isfile(path))  # noqa: PTH113 (never raises)
+            begin = begin or "/"
+            found = find_files(begin, _raise_unless_gone) if deep else (entry.path for entry in os.scandir(begin))
+            paths = (path for path in found if os.path.isfile(path))  # noqa: PTH113 (never raises)
         else:
-            selector = fs.FileSelector(begin, recursive=True, allow_not_found=True)
+            selector = fs.FileSelector(begin, recursive=deep, allow_not_found=True)
             paths = (info.path for info in self.fs.get_file_info(selector) if info.is_file)
         return (path[len(self / "") :] for path in paths)
 
     def write(self, name: str, content: pa.Buffer | bytes) -> None:
-        """Writes a whole file or none, over an older one of that name."""
+        """Writes a whole file or none, over an older one of that name.
+
+        Raises:
+            StartupError: it cannot be written.
+        """
         target = self / name
-        if self.fs.type_name not in _RENAMING_FILE_SYSTEMS:
-            with self.fs.open_output_stream(target) as stream:
-                stream.write(content)
-            return
+        try:
+            if self.fs.type_name in _RENAMING_FILE_SYSTEMS:
+                self._write_and_rename(target, content)
+            else:
+                self._write(target, content)
+        except OSError as error:
+            raise StartupError(f"{target} cannot be written: {_one_line(error)}") from error
+
+    def _write_and_rename(self, target: str, content: pa.Buffer | bytes) -> None:
         self.fs.create_dir(target.rpartition("/")[0])
-        unfinished = f"{target}.{uuid.uuid4().hex}.unfinished"
-        with self.fs.open_output_stream(unfinished) as stream:
+        unfinished = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}"
+        try:
+            self._write(unfinished, content)
+            if self.fs.type_name == "local":
+                _sync(unfinished)
+            self.fs.move(unfinished, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(unfinished)
+            raise
+
+    def _write(self, path: str, content: pa.Buffer | bytes) -> None:
+        with self.fs.open_output_stream(path) as stream:
             stream.write(content)
-        self.fs.move(unfinished, target)
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Writes one Parquet file whole or not at all."""
+        """Writes one Parquet file whole or not at all.
+
+        Raises:
+            StartupError: it cannot be written.
+        """
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink)
         self.write(name, sink.getvalue())
@@ -166,13 +200,18 @@ class Shards:
         output: folder of the job.
 
     Raises:
-        StartupError: there is no manifest.
+        StartupError: there is no manifest, or it is damaged.
     """
 
     def __init__(self, output: Place) -> None:
         self.output = output
-        self._manifest = parquet.ParquetFile(output / MANIFEST, filesystem=output.fs)
-        self._identity = {_IDENTITY: self._manifest.schema_arrow.metadata.get(_IDENTITY, b"")}
+        try:
+            self._manifest = parquet.ParquetFile(output / MANIFEST, filesystem=output.fs)
+        except (OSError, pa.ArrowException) as error:
+            advice = "if it is damaged, delete it, and all is computed again"
+            raise StartupError(f"{output / MANIFEST} cannot be read: {_one_line(error)}; {advice}") from error
+        self._metadata = self._manifest.schema_arrow.metadata or {}
+        self._identity = {_IDENTITY: self._metadata.get(_IDENTITY, b"")}
 
     @functools.cached_property
     def rows(self) -> list[int]:
@@ -185,25 +224,36 @@ class Shards:
         """Opens the job in `output`, or begins it there by listing its input.
 
         Raises:
-            StartupError: `output` has another job, or the input holds nothing or not what was said.
+            StartupError: `output` has another job or cannot be used, or the input holds nothing or not what was said.
         """
-        if output.fs.get_file_info(output / MANIFEST).type == fs.FileType.NotFound:
+        try:
+            is_new = output.fs.get_file_info(output / MANIFEST).type == fs.FileType.NotFound
+        except OSError as error:
+            raise StartupError(f"{output.uri} cannot be looked into: {_one_line(error)}") from error
+        if is_new:
             _write_manifest(output, job)
-        metadata = parquet.read_schema(output / MANIFEST, filesystem=output.fs).metadata
-        found = json.loads(metadata[_DESCRIPTION])
+        shards = cls(output)
+        found = json.loads(shards._metadata.get(_DESCRIPTION, b"{}"))
         different = sorted(name for name, value in asdict(job).items() if found.get(name) != value)
         if different:
             was = ", ".join(f"{name}={found.get(name)!r}" for name in different)
             raise StartupError(f"{output.uri} holds another job ({was}); choose another --output, or the same options")
-        return cls(output)
+        return shards
 
     def pieces(self, shard: int) -> list[Piece]:
         """What a shard consists of, in order."""
         return [Piece(**row) for row in self._manifest.read_row_group(shard).to_pylist()]
 
     def results(self) -> dict[int, ShardResult]:
-        """What the shards that are done have given: those whose files hold all of their records."""
-        classified, rejected = (set(self.output.files(kind)) for kind in ("classified", "rejected"))
+        """What the shards that are done have given: those whose files hold all of their records.
+
+        Raises:
+            StartupError: the output cannot be listed.
+        """
+        try:
+            classified, rejected = (set(self.output.files(kind)) for kind in ("classified", "rejected"))
+        except OSError as error:
+            raise StartupError(f"{self.output.uri} cannot be listed: {_one_line(error)}") from error
         written = [
             shard
             for shard in range(len(self.rows))
@@ -214,16 +264,39 @@ class Shards:
             return {shard: result for shard, result in found if result and result.rows == self.rows[shard]}
 
     def write(self, shard: int, classified: pa.Table, rejected: pa.Table) -> None:
-        """Stores a shard's results; what was there of them is replaced."""
+        """Stores a shard's results; what was there of them is replaced.
+
+        Raises:
+            StartupError: they cannot be written.
+        """
         for kind, table in (("rejected", rejected), ("classified", classified)):
             self.output.write_table(f"{kind}/{_name(shard)}", table.replace_schema_metadata(self._identity))
 
+    def note_failure(self, shard: int, reason: str) -> int:
+        """Notes that an engine failed over a shard.
+
+        Args:
+            shard: which.
+            reason: what the engine says.
+
+        Returns:
+            How many have in this run.
+        """
+        number = Path(_name(shard)).stem
+        self.output.write(f"failures/{number}.{uuid.uuid4().hex}.txt", reason.encode())
+        return sum(path.startswith(f"failures/{number}.") and path.endswith(".txt") for path in self.output.files("failures"))
+
+    def forget_failures(self) -> None:
+        """Begins to count anew."""
+        for path in self.output.files("failures"):
+            self.output.fs.delete_file(self.output / path)
+
     def remove_unfinished(self) -> None:
-        """Removes what killed workers left behind; only when none is at work."""
-        for kind in ("classified", "rejected"):
-            for path in self.output.files(kind):
-                if path.endswith(".unfinished"):
-                    self.output.fs.delete_file(self.output / path)
+        """Removes what killed workers and drivers left behind; only when none is at work."""
+        root = (path for path in self.output.files(deep=False) if path.startswith((f"{MANIFEST}.", f"{SUMMARY}.")))
+        for path in itertools.chain(root, self.output.files("classified"), self.output.files("rejected")):
+            if path.endswith(_UNFINISHED):
+                self.output.fs.delete_file(self.output / path)
 
     def _result(self, shard: int) -> ShardResult | None:
         """What a shard's two files hold; None if one is damaged, or of another driver's listing of the input."""
@@ -237,6 +310,15 @@ class Shards:
         if identities != [self._identity[_IDENTITY]] * 2:
             return None
         return ShardResult(classified.num_rows, Counter(codes["code"].to_pylist()))
+
+
+def _sync(path: str) -> None:
+    """Has the disk hold a file before it gets its name: else the name may outlive a power cut, and what it names not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _raise_unless_gone(error: OSError) -> None:
@@ -254,7 +336,7 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
     try:
         files = [path for path in place.files() if path.endswith(ending)]
     except OSError as error:
-        raise StartupError(f"the folder {job.input} cannot be listed: {error}") from error
+        raise StartupError(f"the folder {job.input} cannot be listed: {_one_line(error)}") from error
     if not files:
         raise StartupError(f"{job.input} holds no {ending or 'image'} file")
     odd = [path for path in files if printable(path) != path]
@@ -273,17 +355,35 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
 
 
 def _row_groups(place: Place, paths: list[str], job: JobDescription) -> Iterator[Piece]:
+    first: tuple[str, pa.DataType] | None = None
     for path in paths:
         try:
             file = parquet.ParquetFile(place / path, filesystem=place.fs)
-        except pa.ArrowInvalid as error:
-            raise StartupError(f"{path} in {job.input} is no Parquet file: {error}") from error
-        _check_columns(path, file.schema_arrow, job)
+        except (OSError, pa.ArrowException) as error:
+            raise StartupError(f"{path} in {job.input} cannot be read, or is no Parquet file: {_one_line(error)}") from error
+        check_columns(path, file.schema_arrow, job)
+        if job.id_column:
+            kind = file.schema_arrow.field(job.id_column).type
+            first = first or (path, kind)
+            if id_kind(kind) != id_kind(first[1]):
+                raise StartupError(
+                    f"column {job.id_column!r} is {first[1]} in {first[0]} and {kind} in {path}; give ids one type"
+                )
         for number in range(file.num_row_groups):
             yield Piece(path, number, file.metadata.row_group(number).num_rows)
 
 
-def _check_columns(path: str, schema: pa.Schema, job: JobDescription) -> None:
+def check_columns(path: str, schema: pa.Schema, job: JobDescription) -> None:
+    """Whether a file has what the job reads.
+
+    Args:
+        path: of the file.
+        schema: of the file.
+        job: names the columns.
+
+    Raises:
+        StartupError: a column is missing, or holds no images.
+    """
     for column in filter(None, (job.image_column, job.id_column)):
         if column not in schema.names:
             raise StartupError(f"{path} has no column {column!r}; it has {', '.join(schema.names)}")
@@ -292,6 +392,23 @@ def _check_columns(path: str, schema: pa.Schema, job: JobDescription) -> None:
         kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise StartupError(f"{path}: column {job.image_column!r} must hold encoded images (binary); it is {kind}")
+
+
+def id_kind(kind: pa.DataType) -> pa.DataType:
+    """The same for types whose ids may stand in one column: how a writer of Parquet held its text does not matter.
+
+    Args:
+        kind: of a file's ids.
+    """
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    return pa.binary() if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) else kind
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _grouped(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from pyarrow import parquet
 
 from app.errors import StartupError
 from app.ray import classify_dataset
-from app.ray.records import compute_shards, engine
+from app.ray.records import classify_shard, compute_shards, engine
 from app.ray.shards import JobDescription, Place, Shards
 from app.service import Service
 from app.settings import Settings
@@ -147,6 +149,175 @@ def test_rows_of_a_damaged_row_group_are_told_and_hold_up_nothing(service, sampl
     results = compute(tmp_path / "out", job, service)
     assert [results[shard].rejected["unreadable"] for shard in range(3)] == [0, 4, 0]
     assert {row["id"] for row in read(tmp_path / "out", "classified")} == {*range(4), *range(8, 12)}
+
+
+def test_a_parquet_file_with_fewer_rows_or_other_columns_than_the_manifest_says_holds_up_nothing(service, samples, tmp_path):
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    table = pa.table({"key": range(8), "image": [sample.data for sample in samples[:8]]})
+    for name in "abcd":
+        parquet.write_table(table, folder / f"{name}.parquet", row_group_size=4)
+    job = folder_job(folder, service, format="parquet", id_column="key")
+    Shards.open(Place(str(output)), job)
+    parquet.write_table(table.slice(0, 7), folder / "b.parquet", row_group_size=4)
+    parquet.write_table(table.rename_columns(["number", "image"]), folder / "c.parquet", row_group_size=4)
+    parquet.write_table(table.set_column(0, "key", pa.array(map(str, range(8)))), folder / "d.parquet", row_group_size=4)
+    results = compute(output, job, service)
+    assert [(result.classified, result.rejected.total()) for result in results.values()] == [
+        (4, 0), (4, 0), (4, 0), (0, 4), (0, 4), (0, 4), (4, 0), (4, 0)
+    ]  # fmt: skip
+    rejected = read(output, "rejected")
+    assert {row["code"] for row in rejected} == {"unreadable"}
+    assert {row["detail"] for row in rejected} == {
+        f"{name}.parquet, row group {group}: the file has changed since the job began; use a new --output"
+        for name, group in (("b", 1), ("c", 0), ("c", 1))
+    }
+
+
+def test_ids_that_are_no_utf8_hold_up_nothing(service, samples, tmp_path):
+    offsets = pa.array([0, 1, 5, 6], pa.int32()).buffers()[1]
+    ids = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"acaf\xe9b")])
+    (tmp_path / "in").mkdir()
+    data = [sample.data for sample in samples[:3]]
+    parquet.write_table(pa.table({"key": ids, "image": data}), tmp_path / "in" / "a.parquet")
+    compute(tmp_path / "out", folder_job(tmp_path / "in", service, format="parquet", id_column="key"), service)
+    assert [row["id"] for row in read(tmp_path / "out", "classified")] == ["a", r"caf\xe9", "b"]
+
+
+def test_ids_of_two_types_are_told_before_anything_runs(service, tmp_path):
+    for name, ids in (("a", pa.array(["x"])), ("b", pa.array(["x"], pa.large_string())), ("c", pa.array([1]))):
+        parquet.write_table(pa.table({"key": ids, "image": [b"x"]}), tmp_path / f"{name}.parquet")
+    job = folder_job(tmp_path, service, format="parquet", id_column="key")
+    with pytest.raises(StartupError, match=r"^column 'key' is string in a.parquet and int64 in c.parquet"):
+        Shards.open(Place(str(tmp_path / "out")), job)
+
+
+@pytest.fixture
+def ended(monkeypatch) -> type[BaseException]:
+    """What ends a worker's process, which is this one, is raised instead."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr("app.ray.records.os._exit", end)
+    return Ended
+
+
+def test_a_worker_whose_model_fails_on_everything_ends_and_after_ten_the_job_does(
+    service, samples, tmp_path, monkeypatch, ended, capsys
+):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    write_images(tmp_path / "in", samples[:100])
+    job = folder_job(tmp_path / "in", service, shard_size=100)
+    shards = Shards.open(Place(str(tmp_path / "out")), job)
+    monkeypatch.setattr(service.session, "infer", broken)
+    for _ in range(9):
+        with pytest.raises(ended, match=r"^70$"):
+            classify_shard(shards, job, 0, service)
+    assert "error: the model failed on the last" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "classified").exists()
+    with pytest.raises(StartupError, match="10 engines failed over shard 0, one after the other; the last: the model failed"):
+        classify_shard(shards, job, 0, service)
+    shards.forget_failures()
+    with pytest.raises(ended):
+        classify_shard(shards, job, 0, service)
+    monkeypatch.undo()
+    assert classify_shard(shards, job, 0, service).classified == 100
+    assert service.scheduler.failure() is None
+
+
+def test_a_worker_that_hangs_ends(service, samples, tmp_path, monkeypatch, ended):
+    go_on = threading.Event()
+    infer = service.session.infer
+
+    def hang(*arguments, **options):
+        go_on.wait(30)
+        return infer(*arguments, **options)
+
+    write_images(tmp_path / "in", samples[:1])
+    job = folder_job(tmp_path / "in", service)
+    shards = Shards.open(Place(str(tmp_path / "out")), job)
+    monkeypatch.setattr("app.ray.records._LOOK_S", 0.05)
+    monkeypatch.setattr(service.scheduler, "hang_timeout_s", 0.1)
+    monkeypatch.setattr(service.session, "infer", hang)
+    try:
+        with pytest.raises(ended, match=r"^70$"):
+            classify_shard(shards, job, 0, service)
+    finally:
+        go_on.set()
+
+
+def test_a_worker_says_in_one_line_why_it_cannot_go_on(service, samples, tmp_path):
+    write_images(tmp_path / "in", samples[:1])
+    job = folder_job(tmp_path / "in", service, model_sha256="0" * 64)
+    Shards.open(Place(str(tmp_path / "out")), job)
+    answer = compute_shards({"shard": np.array([0])}, output=str(tmp_path / "out"), job=job, settings=service.settings)
+    assert answer["rows"].tolist() == [0]
+    assert "is not the driver's" in answer["failure"][0]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind_and_is_one_line(tmp_path, monkeypatch):
+    place = Place(str(tmp_path))
+    synced = []
+    monkeypatch.setattr(
+        "app.ray.shards.os.fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+    )
+    place.write("a.json", b"{}")
+    assert [path.name.startswith("a.json.") for path in synced] == [True]
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("app.ray.shards.os.fsync", full)
+    with pytest.raises(StartupError, match=r"a\.json cannot be written: .*No space left on device$"):
+        place.write("a.json", b"{ }")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"{}")]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and so on"])
+def test_a_damaged_manifest_is_one_line(service, samples, tmp_path, content):
+    write_images(tmp_path / "in", samples[:1])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.parquet").write_bytes(content)
+    with pytest.raises(StartupError, match=r"out/manifest\.parquet cannot be read: .*delete it, and all is computed again$"):
+        Shards.open(Place(str(tmp_path / "out")), folder_job(tmp_path / "in", service))
+
+
+def test_an_output_that_cannot_be_made_and_an_input_that_is_damaged_are_one_line(service, samples, tmp_path):
+    write_images(tmp_path / "in", samples[:1])
+    with pytest.raises(StartupError, match=r"00\.webp/out/manifest\.parquet cannot be written: .*Not a directory$"):
+        Shards.open(Place(str(tmp_path / "in" / "00.webp" / "out")), folder_job(tmp_path / "in", service))
+    path = tmp_path / "in" / "a.parquet"
+    parquet.write_table(pa.table({"image": [b"x"]}), path)
+    damaged = bytearray(path.read_bytes())
+    begin = len(damaged) - 8 - int.from_bytes(damaged[-8:-4], "little")
+    damaged[begin:-8] = b"\xff" * (len(damaged) - 8 - begin)
+    path.write_bytes(damaged)
+    with pytest.raises(StartupError, match=r"^a\.parquet in .* cannot be read, or is no Parquet file: .*$"):
+        Shards.open(Place(str(tmp_path / "out")), folder_job(tmp_path / "in", service, format="parquet"))
+
+
+def test_what_was_killed_while_it_wrote_is_removed_and_nothing_else(service, samples, tmp_path):
+    output = tmp_path / "out"
+    write_images(tmp_path / "in", samples[:1])
+    job = folder_job(tmp_path / "in", service)
+    compute(output, job, service)
+    names = ["manifest.parquet", "summary.json", "classified/shard-000000.parquet", "rejected/shard-000000.parquet"]
+    for name in names:
+        (output / f"{name}.0a.unfinished").touch()
+    (output / "mine.unfinished").touch()
+    Shards(Place(str(output))).remove_unfinished()
+    assert [path.relative_to(output).as_posix() for path in output.rglob("*.unfinished")] == ["mine.unfinished"]
+
+
+def test_the_root_of_a_file_system_can_be_listed(monkeypatch):
+    monkeypatch.setattr("app.ray.shards.find_files", lambda folder, _: iter([f"{folder}proc/version"]))
+    assert list(Place("/").files()) == ["proc/version"]
 
 
 def test_the_engine_of_a_node_with_another_model_file_does_not_answer(service):
@@ -352,6 +523,61 @@ def test_a_killed_driver_and_a_killed_node_lose_nothing_and_double_nothing(clust
         len(data) - len(BROKEN) + i: code for i, code in enumerate(BROKEN.values())
     }
     assert not [path for path in output.rglob("*") if path.suffix == ".unfinished"]
+
+
+DRIVER = """
+import os, sys
+from dataclasses import replace
+from app.ray import classify_dataset, records
+
+flag = sys.argv.pop(1)
+
+def broken(*arguments, **options):
+    raise RuntimeError("the device is lost")
+
+def compute_shards(batch, *, job, settings, **named):
+    from app.ray import records
+    try:
+        os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        job = replace(job, model_sha256="0" * 64)
+    else:
+        records.engine(settings, job.model_sha256).scheduler.session.infer = broken
+    return records.compute_shards(batch, job=job, settings=settings, **named)
+
+records.compute_shards = compute_shards
+classify_dataset.main()
+"""
+"""The job, whose first engine breaks once it is open; or, where the flag cannot be, whose nodes have another model."""
+
+
+def test_a_broken_engine_costs_a_process_and_another_model_the_job(cluster, samples, tmp_path):
+    write_images(tmp_path / "in", samples[:100])
+    (tmp_path / "driver.py").write_text(DRIVER)
+
+    def run(flag: Path, output: Path) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            str(tmp_path / "driver.py"),
+            str(flag),
+            "--input",
+            str(tmp_path / "in"),
+            "--output",
+            str(output),
+        ]
+        command += ["--shard-size", "50"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=GIVE_UP_S, check=False)
+
+    result = run(tmp_path / "flag", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert (json.loads(result.stdout)["classified"], json.loads(result.stdout)["rejected"]) == (100, {})
+    (failure,) = (tmp_path / "out" / "failures").iterdir()
+    assert failure.read_text().startswith("the model failed on the last")
+    result = run(tmp_path / "nowhere" / "flag", tmp_path / "other")
+    assert result.returncode == 1
+    assert re.search(r"^error: a worker cannot go on: this node's .*; mend that and run", result.stderr.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
