@@ -239,8 +239,8 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
         except OSError as error:
             end = 0.0
             _finish(tally, connections)
-            advice = " (`ulimit -n`)" if error.errno == errno.EMFILE else ""
-            raise StartupError(f"connection {number:,} of {clients:,} cannot be opened: {error.strerror or error}{advice}") from error
+            reason = f"{error.strerror} (`ulimit -n`)" if error.errno == errno.EMFILE else error
+            raise StartupError(f"connection {number:,} of {clients:,} cannot be opened: {reason}") from error
     begin = time.perf_counter()
     end = begin + seconds
     for connection in list(connections):
