@@ -24,7 +24,8 @@ class Settings(BaseModel):
 
     model: str = Field(
         "fast",
-        description="A model that ships here (`fast`, `accurate`), or the path of an .onnx file with its .sha256 beside it.",
+        description="A model that ships here (`fast`, `fast-int8`, `accurate`), or the path of an .onnx file with its .sha256 "
+        "beside it.",
     )
     model_sha256: str | None = Field(
         None,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -127,11 +128,40 @@ def export(
         _write_graph(build_model(checkpoint), checkpoint.tensors[CLASS_MEANS], description, draft)
         parity = check_parity(draft, reference, checkpoint.tensors[CLASS_MEANS], description, images)
         complete["parity"] = asdict(parity)
-        _write_metadata(draft, complete)
-        digest = hashlib.sha256(draft.read_bytes()).hexdigest()
-        draft.replace(output)
-    output.with_name(output.name + ".sha256").write_text(f"{digest}  {output.name}\n")
+        publish(draft, complete, output)
     return parity
+
+
+def publish(draft: Path, metadata: dict[str, Any], output: Path) -> None:
+    """Makes a graph an artifact: with its description, and its hash beside it.
+
+    Args:
+        draft: an .onnx file on the same file system; it is moved.
+        metadata: the description, in place of what it may have.
+        output: path of the artifact.
+    """
+    proto = onnx.load(draft)
+    del proto.metadata_props[:]
+    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
+    content = proto.SerializeToString()
+    draft.write_bytes(content)
+    draft.replace(output)
+    output.with_name(output.name + ".sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  {output.name}\n")
+
+
+def read_metadata(artifact: Path) -> dict[str, Any]:
+    """The description that `publish` has put into an artifact.
+
+    Raises:
+        ExportError: the file is none.
+        OSError: it cannot be read.
+    """
+    try:
+        properties = {p.key: p.value for p in onnx.load(artifact).metadata_props}
+        metadata: dict[str, Any] = json.loads(properties[METADATA_KEY])
+    except (DecodeError, KeyError) as error:
+        raise ExportError(f"{artifact} is not an artifact of this project") from error
+    return metadata
 
 
 def _view(description: dict[str, Any]) -> int:
@@ -171,12 +201,6 @@ def _write_graph(model: Network, class_means: Tensor, description: dict[str, Any
     if any(opset.domain not in ("", "ai.onnx") for opset in proto.opset_import):
         raise ExportError(f"the graph needs operators beyond ONNX: {[o.domain for o in proto.opset_import]}")
     path.write_bytes(proto.SerializeToString())
-
-
-def _write_metadata(path: Path, metadata: dict[str, Any]) -> None:
-    proto = onnx.load(path)
-    proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata))
-    onnx.save(proto, path)
 
 
 @torch.inference_mode()

@@ -8,15 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
 from model.checkpoint import load_checkpoint
 from model.errors import ExportError
-from model.export import METADATA_KEY, ParityReport, export
+from model.export import ParityReport, export, read_metadata
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
 from training.errors import DataError
+from training.metrics import score
 
 RESIZE_MODE = "crop"
 """How the service brings other shapes to the input size, with the filter of the training; `training.data` does the same.
@@ -87,16 +85,16 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
     from training.report import render_card, write_card
 
     evaluation = load_evaluation(checkpoint_path)
-    try:
-        properties = {p.key: p.value for p in onnx.load(artifact_path).metadata_props}
-        artifact: dict[str, Any] = json.loads(properties[METADATA_KEY])
-    except (DecodeError, KeyError) as error:
-        raise ExportError(f"{artifact_path} is not an artifact of this project") from error
+    artifact = read_metadata(artifact_path)
     if artifact["checkpoint_sha256"] != evaluation["checkpoint_sha256"]:
         raise ExportError(f"{artifact_path} was exported from another checkpoint than {checkpoint_path}")
     checkpoint = load_checkpoint(checkpoint_path)
     config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
     data = _evaluated_on(checkpoint_path, evaluation, data_path, config)
+    if "quantized" in artifact:  # the evaluation is of the checkpoint, which these answers are not equal to
+        from training.quantize import compute_logits
+
+        evaluation |= score(compute_logits(artifact_path, data), data.labels, data.classes, artifact["temperature"])
     write_card(checkpoint, evaluation, artifact, data, output)
     artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
 

@@ -156,6 +156,12 @@ def _teachers(training: dict[str, Any]) -> list[dict[str, str]]:
     return training.get("teachers") or [teacher for teacher in [training.get("teacher")] if teacher]
 
 
+def _compared(artifact: dict[str, Any]) -> str:
+    if quantized := artifact.get("quantized"):
+        return f"pointwise convolutions in 8 bits, against float32 (test accuracy {quantized['float32_top1']:.2%})"
+    return "onnxruntime = PyTorch"
+
+
 def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact: dict[str, Any], stem: str) -> str:
     training = description["training"]
     teachers = _teachers(training)
@@ -218,7 +224,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         **taught,
         "Training time": minutes,
         "Checkpoint SHA-256": f"`{evaluation['checkpoint_sha256']}`",
-        "Parity": f"onnxruntime = PyTorch: top-1 equal on {artifact['parity']['top1_equal']:,} "
+        "Parity": f"{_compared(artifact)}: top-1 equal on {artifact['parity']['top1_equal']:,} "
         f"of {artifact['parity']['images']:,} images, "
         f"logits within {artifact['parity']['max_logit_difference']:.1e}",
     }

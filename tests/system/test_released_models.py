@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from model.checkpoint import build_model, load_checkpoint
+from model.export import read_metadata
 from tests.server import ServerProcess
 
 ARTIFACTS = Path(__file__).parents[2] / "app" / "artifacts"
@@ -36,14 +37,18 @@ def classify(client: httpx.Client, data: bytes, **parameters: Any) -> dict[str, 
     return prediction
 
 
-def test_both_models_are_there():
-    assert NAMES == ["accurate", "fast"]
+def checkpoint_of(name: str, repository: Path) -> Path:
+    return repository / "releases" / name.removesuffix("-int8") / "model.safetensors"
+
+
+def test_all_models_are_there():
+    assert NAMES == ["accurate", "fast", "fast-int8"]
 
 
 def test_it_is_what_the_repository_released(served, repository):
     name, client = served
     model = client.get("/model").json()["metadata"]
-    released = load_checkpoint(repository / "releases" / name / "model.safetensors").description
+    released = load_checkpoint(checkpoint_of(name, repository)).description
     assert (model["name"], model["input_size"]) == (name, released["image_size"])
     assert model["parameters"] == released["parameters"]
     card = (repository / "docs" / "models" / f"{name}.md").read_text()
@@ -51,6 +56,13 @@ def test_it_is_what_the_repository_released(served, repository):
     assert f"**{model['test']['top1']:.2%}**" in card
     assert f"`{model['checkpoint_sha256']}`" in card
     assert f"Model card: {name} {model['version']}</h1>" in client.get("/card").text
+
+
+def test_the_one_in_8_bits_was_made_from_the_one_that_ships(repository):
+    """Else `convmixer-train quantize` was forgotten after `make export`."""
+    artifacts = repository / "app" / "artifacts"
+    expected = (artifacts / "fast.onnx.sha256").read_text().split()[0]
+    assert read_metadata(artifacts / "fast-int8.onnx")["quantized"]["artifact_sha256"] == expected
 
 
 def test_accuracy_is_what_the_card_says(served, samples):
@@ -63,8 +75,10 @@ def test_accuracy_is_what_the_card_says(served, samples):
 
 
 def test_every_answer_equals_pytorch(served, samples, repository):
+    """In 8 bits nearly: now and then the second becomes the first."""
     name, client = served
-    checkpoint = load_checkpoint(repository / "releases" / name / "model.safetensors")
+    tolerance, others = (0.3, 0.02) if name.endswith("-int8") else (1e-4, 0)
+    checkpoint = load_checkpoint(checkpoint_of(name, repository))
     description = checkpoint.description
     pixels = np.stack([np.asarray(Image.open(s.path).convert("RGB")) for s in samples])
     assert pixels.shape[1:] == (description["image_size"], description["image_size"], 3)
@@ -76,14 +90,16 @@ def test_every_answer_equals_pytorch(served, samples, repository):
         logits = build_model(checkpoint)((scaled - mean) / std)
     expected = torch.softmax(logits / description["calibration"]["temperature"], 1).numpy()
 
+    different = 0
     for sample, probabilities in zip(samples, expected, strict=True):
         answer = classify(client, sample.data, top_k=len(description["classes"]))
         found = {entry["label"]: entry["probability"] for entry in answer["top_k"]}
-        assert answer["label"] == description["classes"][int(probabilities.argmax())]
-        assert [found[name] for name in description["classes"]] == pytest.approx(probabilities, abs=1e-4)
+        different += answer["label"] != description["classes"][int(probabilities.argmax())]
+        assert [found[name] for name in description["classes"]] == pytest.approx(probabilities, abs=tolerance)
+    assert different <= others * len(samples)
 
 
 def test_a_name_that_no_model_has_stops_the_start(start):
     server = start(model="acurate")
     assert server.wait() != 0
-    assert "CONVMIXER_MODEL='acurate' is neither a model that ships here (accurate, fast) nor the path" in server.log
+    assert "CONVMIXER_MODEL='acurate' is neither a model that ships here (accurate, fast, fast-int8) nor the path" in server.log

@@ -172,7 +172,7 @@ def test_the_card_has_the_validation_accuracy_that_was_measured_last(
         assert f"| Validation accuracy | {said} (" in card.read_text()
 
 
-@pytest.mark.parametrize("name", ["accurate", "fast"])
+@pytest.mark.parametrize("name", ["accurate", "fast", "fast-int8"])
 def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path, name: str) -> None:
     shipped = repository / "app" / "artifacts" / f"{name}.card.html"
     assert shipped.read_text() == render_card(repository / "docs" / "models" / f"{name}.md"), "run `convmixer-train card`"
