@@ -211,49 +211,46 @@ def open_writer(format_name: str, output: Path | None) -> Iterator[Write]:
         typer.BadParameter: the file cannot be opened.
         StartupError: it cannot be written any more.
     """
+    called = output or "standard output"
     try:
-        file: IO[Any] = io.BufferedWriter(_Output(output)) if format_name == "parquet" else _open_text(output)
+        file: IO[Any] = output.open("wb") if output and format_name == "parquet" else _open_text(output)
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written: {error.strerror}") from error
-    with file:
+    # A failure of writing is told from one of whoever writes here, which comes out of the `yield`. And not in the file object: a
+    # signal that comes there, behind the system call, would have the buffer written again
+    try:
         if format_name == "parquet":
-            with _parquet(file) as write:
+            with _parquet(file, called) as write:
                 yield write
         else:
-            yield {"table": _table, "json": _json, "csv": _csv}[format_name](file)
+            with _named(called):
+                write = {"table": _table, "json": _json, "csv": _csv}[format_name](file)
+
+            def write_row(row: Row) -> None:
+                with _named(called):
+                    write(row)
+
+            yield write_row
+    finally:
+        with _named(called):
+            file.close()
 
 
-class _Output(io.FileIO):
-    """Where rows go.
-
-    Args:
-        path: None: standard output.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        super().__init__(sys.stdout.fileno() if path is None else path, "w", closefd=path is not None)
-        self._called = path or "standard output"
-
-    def write(self, data: Any, /) -> int:
-        """Writes some of the bytes.
-
-        Raises:
-            BrokenPipeError: the reader has enough.
-            StartupError: the disk is full, or else it cannot be done.
-        """
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise StartupError(f"{self._called} cannot be written: {error.strerror}") from error
+@contextmanager
+def _named(called: Path | str) -> Iterator[None]:
+    """Tells what cannot be written; a reader who has enough (BrokenPipeError) is no failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StartupError(f"{called} cannot be written: {error.strerror or error}") from error
 
 
 def _open_text(output: Path | None) -> IO[str]:
     """Names of files are bytes; those that are no UTF-8 come out as they went in."""
-    raw = _Output(output)
-    is_watched = raw.isatty()
-    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "surrogateescape", newline="", line_buffering=is_watched)
+    target = output or sys.stdout.fileno()
+    return open(target, "w", encoding="utf-8", errors="surrogateescape", newline="", closefd=output is not None)
 
 
 def _json(file: IO[str]) -> Write:
@@ -289,7 +286,7 @@ def _table(file: IO[str]) -> Write:
 
 
 @contextmanager
-def _parquet(file: IO[bytes]) -> Iterator[Write]:
+def _parquet(file: IO[bytes], called: Path | str) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -318,10 +315,12 @@ def _parquet(file: IO[bytes]) -> Iterator[Write]:
         # a Parquet string is UTF-8; the name of a file need not be
         rows.append(row | {"file": printable(row["filename"]), "error_code": error.get("code"), "error": error.get("detail")})
         if len(rows) >= _ROWS_PER_GROUP:
-            flush()
+            with _named(called):
+                flush()
 
-    with pq.ParquetWriter(file, schema) as table:
-        try:
-            yield write
-        finally:  # also when interrupted: what was classified can be read
+    table = pq.ParquetWriter(file, schema)
+    try:
+        yield write
+    finally:  # also when interrupted: what was classified can be read
+        with _named(called), table:
             flush()
