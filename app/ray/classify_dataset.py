@@ -24,7 +24,8 @@ import typer
 
 from app.engine.artifact import read_verified
 from app.errors import StartupError
-from app.ray.shards import PASSING, SUMMARY, JobDescription, Place, Shards
+from app.ray.place import Place
+from app.ray.shards import PASSING, SUMMARY, JobDescription, Shards
 from app.settings import Settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray would report to its makers

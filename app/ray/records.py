@@ -19,7 +19,8 @@ from pyarrow import parquet
 from app.engine.outcome import Outcome
 from app.errors import BodyTooLarge, InferenceFailed, ServiceError, StartupError, UndecodableImage
 from app.processes import ExitCode
-from app.ray.shards import UNREADABLE, JobDescription, Piece, Place, ShardResult, Shards, check_columns, id_kind
+from app.ray.place import Place
+from app.ray.shards import UNREADABLE, JobDescription, Piece, ShardResult, Shards, check_columns, id_kind
 from app.service import Service
 from app.settings import Settings
 from app.verdict import judge

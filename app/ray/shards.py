@@ -8,17 +8,14 @@
 
 A shard is done when its two files hold exactly as many rows as the manifest says, and name that manifest, so a job may be
 killed at any moment, and a shard may be computed twice: both times the same files are written, each whole or not at all. Should
-two drivers begin a job at once, the results of the one whose manifest was replaced do not count. Places are paths or URIs of
-pyarrow (`file://`, `s3://`, `gs://`, …).
+two drivers begin a job at once, the results of the one whose manifest was replaced do not count.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
-import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,7 +28,8 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from app.errors import InferenceFailed, StartupError
-from app.paths import find_files, printable
+from app.paths import printable
+from app.ray.place import UNFINISHED, Place, one_line
 
 UNREADABLE = "unreadable"
 """Code of a record that could not be read."""
@@ -50,10 +48,6 @@ _IDENTITY = b"manifest"
 _MANIFEST_SCHEMA = pa.schema([("path", pa.string()), ("row_group", pa.int32()), ("rows", pa.int64())])
 _READERS = 32
 """Small files read at once."""
-
-_UNFINISHED = ".unfinished"
-_RENAMING_FILE_SYSTEMS = {"local", "hdfs"}
-"""There a file grows before everyone's eyes, so it gets its name when it is whole; an object appears whole anyway."""
 
 
 @dataclass(frozen=True)
@@ -110,89 +104,6 @@ class JobDescription:
     model_sha256: str
 
 
-class Place:
-    """A folder in some file system.
-
-    Args:
-        uri: path or URI.
-
-    Raises:
-        StartupError: no file system of pyarrow.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).absolute())
-        try:
-            self.fs, self.root = fs.FileSystem.from_uri(self.uri)
-        except (ValueError, OSError) as error:  # ArrowInvalid, and a path that is not UTF-8, are ValueErrors
-            raise StartupError(f"{uri!r} is no path or URI that pyarrow can open: {error}") from error
-
-    def __truediv__(self, name: str) -> str:
-        return f"{self.root.rstrip('/')}/{name}"
-
-    def files(self, folder: str = "", *, deep: bool = True) -> Iterator[str]:
-        """Paths, from here, of all files below, in any order; none if the folder does not exist.
-
-        Args:
-            folder: where to look.
-            deep: also in the folders there.
-
-        Raises:
-            OSError: a folder cannot be looked into.
-        """
-        begin = (self / folder).rstrip("/")
-        if self.fs.type_name == "local":  # Arrow would go round in links that lead back, and refuse names that are no UTF-8
-            begin = begin or "/"
-            found = find_files(begin, _raise_unless_gone) if deep else (entry.path for entry in os.scandir(begin))
-            paths = (path for path in found if os.path.isfile(path))  # noqa: PTH113 (never raises)
-        else:
-            selector = fs.FileSelector(begin, recursive=deep, allow_not_found=True)
-            paths = (info.path for info in self.fs.get_file_info(selector) if info.is_file)
-        return (path[len(self / "") :] for path in paths)
-
-    def write(self, name: str, content: pa.Buffer | bytes) -> None:
-        """Writes a whole file or none, over an older one of that name.
-
-        Raises:
-            StartupError: it cannot be written.
-        """
-        target = self / name
-        try:
-            if self.fs.type_name in _RENAMING_FILE_SYSTEMS:
-                self._write_and_rename(target, content)
-            else:
-                self._write(target, content)
-        except OSError as error:
-            raise StartupError(f"{target} cannot be written: {_one_line(error)}") from error
-
-    def _write_and_rename(self, target: str, content: pa.Buffer | bytes) -> None:
-        self.fs.create_dir(target.rpartition("/")[0])
-        unfinished = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}"
-        try:
-            self._write(unfinished, content)
-            if self.fs.type_name == "local":
-                _sync(unfinished)
-            self.fs.move(unfinished, target)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.fs.delete_file(unfinished)
-            raise
-
-    def _write(self, path: str, content: pa.Buffer | bytes) -> None:
-        with self.fs.open_output_stream(path) as stream:
-            stream.write(content)
-
-    def write_table(self, name: str, table: pa.Table) -> None:
-        """Writes one Parquet file whole or not at all.
-
-        Raises:
-            StartupError: it cannot be written.
-        """
-        sink = pa.BufferOutputStream()
-        parquet.write_table(table, sink)
-        self.write(name, sink.getvalue())
-
-
 class Shards:
     """A job's shards and their results.
 
@@ -209,7 +120,7 @@ class Shards:
             self._manifest = parquet.ParquetFile(output / MANIFEST, filesystem=output.fs)
         except (OSError, pa.ArrowException) as error:
             advice = "if it is damaged, delete it, and all is computed again"
-            raise StartupError(f"{output / MANIFEST} cannot be read: {_one_line(error)}; {advice}") from error
+            raise StartupError(f"{output / MANIFEST} cannot be read: {one_line(error)}; {advice}") from error
         self._metadata = self._manifest.schema_arrow.metadata or {}
         self._identity = {_IDENTITY: self._metadata.get(_IDENTITY, b"")}
 
@@ -229,7 +140,7 @@ class Shards:
         try:
             is_new = output.fs.get_file_info(output / MANIFEST).type == fs.FileType.NotFound
         except OSError as error:
-            raise StartupError(f"{output.uri} cannot be looked into: {_one_line(error)}") from error
+            raise StartupError(f"{output.uri} cannot be looked into: {one_line(error)}") from error
         if is_new:
             _write_manifest(output, job)
         shards = cls(output)
@@ -253,7 +164,7 @@ class Shards:
         try:
             classified, rejected = (set(self.output.files(kind)) for kind in ("classified", "rejected"))
         except OSError as error:
-            raise StartupError(f"{self.output.uri} cannot be listed: {_one_line(error)}") from error
+            raise StartupError(f"{self.output.uri} cannot be listed: {one_line(error)}") from error
         written = [
             shard
             for shard in range(len(self.rows))
@@ -295,7 +206,7 @@ class Shards:
         """Removes what killed workers and drivers left behind; only when none is at work."""
         root = (path for path in self.output.files(deep=False) if path.startswith((f"{MANIFEST}.", f"{SUMMARY}.")))
         for path in itertools.chain(root, self.output.files("classified"), self.output.files("rejected")):
-            if path.endswith(_UNFINISHED):
+            if path.endswith(UNFINISHED):
                 self.output.fs.delete_file(self.output / path)
 
     def _result(self, shard: int) -> ShardResult | None:
@@ -312,20 +223,6 @@ class Shards:
         return ShardResult(classified.num_rows, Counter(codes["code"].to_pylist()))
 
 
-def _sync(path: str) -> None:
-    """Has the disk hold a file before it gets its name: else the name may outlive a power cut, and what it names not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
 def _name(shard: int) -> str:
     return f"shard-{shard:06d}.parquet"
 
@@ -336,7 +233,7 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
     try:
         files = [path for path in place.files() if path.endswith(ending)]
     except OSError as error:
-        raise StartupError(f"the folder {job.input} cannot be listed: {_one_line(error)}") from error
+        raise StartupError(f"the folder {job.input} cannot be listed: {one_line(error)}") from error
     if not files:
         raise StartupError(f"{job.input} holds no {ending or 'image'} file")
     odd = [path for path in files if printable(path) != path]
@@ -360,7 +257,7 @@ def _row_groups(place: Place, paths: list[str], job: JobDescription) -> Iterator
         try:
             file = parquet.ParquetFile(place / path, filesystem=place.fs)
         except (OSError, pa.ArrowException) as error:
-            raise StartupError(f"{path} in {job.input} cannot be read, or is no Parquet file: {_one_line(error)}") from error
+            raise StartupError(f"{path} in {job.input} cannot be read, or is no Parquet file: {one_line(error)}") from error
         check_columns(path, file.schema_arrow, job)
         if job.id_column:
             kind = file.schema_arrow.field(job.id_column).type
@@ -405,10 +302,6 @@ def id_kind(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     return pa.binary() if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) else kind
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _grouped(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:

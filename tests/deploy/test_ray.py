@@ -30,8 +30,9 @@ from pyarrow import parquet
 
 from app.errors import StartupError
 from app.ray import classify_dataset
+from app.ray.place import Place
 from app.ray.records import classify_shard, compute_shards, engine
-from app.ray.shards import JobDescription, Place, Shards
+from app.ray.shards import JobDescription, Shards
 from app.service import Service
 from app.settings import Settings
 from app.verdict import judge
@@ -265,7 +266,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind_and_is_one_line(tmp
     place = Place(str(tmp_path))
     synced = []
     monkeypatch.setattr(
-        "app.ray.shards.os.fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        "app.ray.place.os.fsync", lambda descriptor: synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
     )
     place.write("a.json", b"{}")
     assert [path.name.startswith("a.json.") for path in synced] == [True]
@@ -273,7 +274,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind_and_is_one_line(tmp
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("app.ray.shards.os.fsync", full)
+    monkeypatch.setattr("app.ray.place.os.fsync", full)
     with pytest.raises(StartupError, match=r"a\.json cannot be written: .*No space left on device$"):
         place.write("a.json", b"{ }")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"{}")]
@@ -316,7 +317,7 @@ def test_what_was_killed_while_it_wrote_is_removed_and_nothing_else(service, sam
 
 
 def test_the_root_of_a_file_system_can_be_listed(monkeypatch):
-    monkeypatch.setattr("app.ray.shards.find_files", lambda folder, _: iter([f"{folder}proc/version"]))
+    monkeypatch.setattr("app.ray.place.find_files", lambda folder, _: iter([f"{folder}proc/version"]))
     assert list(Place("/").files()) == ["proc/version"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model.errors import ExportError
 from model.export import export, read_metadata
 from tests.training.conftest import CIFAR10
 from training.data import load_images
+from training.errors import DataError
 from training.quantize import compute_logits, equalize, measure_ranges, pointwise_convolutions, quantize
 from training.release import write_card_for
 
@@ -96,6 +98,12 @@ def test_what_is_none_or_is_done_already_is_refused(eight_bits: Path, tmp_path: 
     with pytest.raises(ExportError, match="not an artifact"):
         quantize(noise, tmp_path / "again.onnx", CIFAR10, name="again")
     assert list(tmp_path.iterdir()) == [noise]
+
+
+def test_images_of_other_classes_are_refused(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has other classes"):
+        quantize(RELEASED, tmp_path / "output.onnx", folder_of("cat", "dog"), name="output")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_8_bits_harm_is_not_written(tmp_path: Path, repository: Path) -> None:
