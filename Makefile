@@ -31,15 +31,15 @@ format: .venv/.dev  ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint TEACHER="checkpoint …", resumes what RUN holds
-	$(BIN)/convmixer-train train --preset $(PRESET) --output $(RUN) $(DATA_OPTION) $(if $(INIT),--init $(INIT)) $(addprefix --teacher ,$(TEACHER)) $(if $(wildcard $(RUN)/last.safetensors),--resume)
+train: .venv/.dev  ## Train; PRESET=name DATA=folder RUN=folder INIT=checkpoint TEACHER="checkpoint …" SET="name=value …", resumes what RUN holds
+	$(BIN)/convmixer-train train --preset $(PRESET) --output $(RUN) $(DATA_OPTION) $(if $(INIT),--init $(INIT)) $(addprefix --teacher ,$(TEACHER)) $(addprefix --set ,$(SET)) $(if $(wildcard $(RUN)/last.safetensors),--resume)
 
 evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
 export: .venv/.dev  ## Make RUN's evaluated checkpoint the MODEL that ships, as VERSION: artifact, checkpoint, model card
 	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.9.0 PRESET=$(PRESET)" >&2; exit 1; }
-	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(DATA), DATA=$(DATA))$(if $(INIT), INIT=$(INIT))$(if $(TEACHER), TEACHER="$(TEACHER)")'
+	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(DATA), DATA=$(DATA))$(if $(INIT), INIT=$(INIT))$(if $(TEACHER), TEACHER="$(TEACHER)")$(if $(SET), SET="$(SET)")'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION)
 	mkdir -p releases/$(MODEL)
 	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/$(MODEL)/

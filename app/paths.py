@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 
 def find_files(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
-    """Everything below that is no folder, sorted within each.
+    """Everything below that is no folder, sorted within each, but for what is hidden: `._cat.png` is no picture, but macOS's.
 
     Links to folders are followed, and no folder is looked into twice: a link may lead back to where it lies. They come
     after all else, so that what a folder holds goes by the folder's own name if that is below, too.
@@ -25,10 +25,10 @@ def find_files(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = (os.path.join(parent, name) for name in folders)  # noqa: PTH118 (`root` comes back as it was given)
             roots += filter(os.path.islink, below)
-            yield from (os.path.join(parent, name) for name in sorted(files))  # noqa: PTH118
+            yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))  # noqa: PTH118
 
 
 def printable(path: str) -> str:

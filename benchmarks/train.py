@@ -119,7 +119,14 @@ def main() -> None:
     options = parser.parse_args()
 
     runtime = Runtime.detect(compile=options.compile, tensorboard=False)
+    if malformed := [text for text in options.settings if "=" not in text]:
+        parser.error(f"--set takes NAME=VALUE, not {malformed[0]!r}")
     config = get_preset(options.preset).config.override(dict(text.split("=", 1) for text in options.settings))
+    ours_alone = {name: getattr(config.augment, name) for name in ("pad_crop", "trivialaugment", "mixup", "cutmix")}
+    if used := [f"augment.{name}=0" for name, value in ours_alone.items() if value]:
+        parser.error(
+            f"the usual script has no such augmentation, and both must do the same work: give --set {' --set '.join(used)}"
+        )
     size = config.largest_size  # in every step
     config = replace(config, image_size=size, view_size=0, train_size=0, start_size=0, val_fraction=0.01)
     few = load_images(PHOTOS, "train", config.image_size, config.resample)

@@ -99,7 +99,7 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, view
     data = load_images(data_path, "train", config.image_size, config.resample)
     if data.fingerprint() != description["training"]["data_sha256"]:
         raise DataError(f"{data_path or 'CIFAR-10'} is not what {checkpoint_path} was trained with; give the same --data")
-    if view_size:
+    if view_size is not None:
         side = data.enlarged_from or config.image_size
         config = replace(config, image_size=side, train_size=config.largest_size, view_size=view_size)
         data = load_images(data_path, "train", config.image_size, config.resample)

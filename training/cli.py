@@ -1,4 +1,7 @@
-"""The `convmixer-train` command, from images to a served artifact. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""The `convmixer-train` command, from images to a served artifact.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM, the run's time is up) stopped with all saved.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ DataOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda if there is one.")]
 
-PrecisionOption = Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bf16 or fp16. Default: bf16 where the hardware has it, else fp16 on a GPU, float32 on a CPU."),
+]
 
 
 @app.command()
@@ -58,7 +64,9 @@ def train(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Overrides any setting, e.g. lr=0.005 or normalize_mean=0.5,0.5,0.5; repeatable."
+            "--set",
+            metavar="NAME=VALUE",
+            help="Overrides any setting, e.g. lr=0.005 or normalize_mean=0.5,0.5,0.5; repeatable. An unknown name lists all.",
         ),
     ] = None,
     device: DeviceOption = None,
@@ -67,6 +75,7 @@ def train(
 ) -> None:
     """Train a network; writes OUTPUT/model.safetensors."""
     from training.data import load_images
+    from training.distributed import leads
     from training.train import train as run
 
     overrides = dict(_split_setting(text) for text in settings or [])
@@ -76,7 +85,8 @@ def train(
     runtime = _runtime(device, precision, compile=compile)
     images = load_images(data, "train", config.image_size, config.resample)
     path = run(config, images, output, runtime, init=init, teachers=teacher or [], resume=resume or finish, finish=finish)
-    typer.echo(f"released {path}")
+    if leads():
+        typer.echo(f"released {path}")
 
 
 @app.command()
@@ -122,7 +132,7 @@ def calibrate(
     data: DataOption = None,
     view_size: Annotated[
         int | None,
-        typer.Option(help="Pixels a side at which it looks at pictures from now on, e.g. a few more than in training."),
+        typer.Option(min=1, help="Pixels a side at which it looks at pictures from now on, e.g. a few more than in training."),
     ] = None,
     device: DeviceOption = None,
 ) -> None:
@@ -237,13 +247,7 @@ def _split_setting(text: str) -> tuple[str, str]:
 def _runtime(device: str | None, precision: str | None, *, compile: bool = False) -> Runtime:
     from training.runtime import Runtime
 
-    runtime = Runtime.detect(compile=compile)
-    if device:
-        runtime = replace(
-            runtime,
-            device=_usable_device(device),
-            precision="float32" if device == "cpu" != runtime.device else runtime.precision,
-        )
+    runtime = Runtime.detect(_usable_device(device), compile=compile)
     if precision:
         if precision not in ("float32", "bf16", "fp16"):
             raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")

@@ -113,6 +113,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for part in (self, self.augment):
+            for name, value in vars(part).items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ConfigError(f"{name} must be finite")
         require = {
             "seed must be between 0 and 999,999,999": 0 <= self.seed < 1_000_000_000,
             "model.in_channels must be 3: images are read as RGB": getattr(self.model, "in_channels", 3) == 3,
@@ -131,7 +135,8 @@ class TrainConfig:
             "val_fraction must be in (0, 0.5]": 0 < self.val_fraction <= 0.5,
             "warmup must be in [0, 1)": 0 <= self.warmup < 1,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
-            "patch_size must not exceed the image": self.model.patch_size <= (self.start_size or self.largest_size),
+            "patch_size must not exceed the image": self.model.patch_size
+            <= min(self.seen_size, self.start_size or self.largest_size),
             "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, the other sizes 0": (
                 isinstance(self.model, ConvMixerConfig)
                 or {self.seen_size, self.largest_size, self.start_size or self.largest_size} == {self.model.image_size}

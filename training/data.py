@@ -27,6 +27,7 @@ from training.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
 _SPLITS = ("train", "test")
+_LIKE_SPLITS = {*_SPLITS, "training", "testing", "val", "valid", "validation", "eval"}
 _HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
 
 
@@ -153,6 +154,11 @@ def _folder_of(source: Path, split: str) -> Path:
     folders = _sub_folders(source)
     splits = [name for name in folders if name in _SPLITS]
     others = [name for name in folders if name not in _SPLITS]
+    if others and all(name.lower() in _LIKE_SPLITS and _sub_folders(source / name) for name in folders):
+        raise DataError(
+            f"{source} holds {' and '.join(folders)}, which look like splits and would be taken for classes; call them train and "
+            "test (validation images are held out of train)"
+        )
     if others:
         for name in splits:
             if _sub_folders(source / name):
@@ -175,6 +181,12 @@ def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{folder} must hold one sub-folder per class, at least two; found {found}")
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            written = os.fsencode(folder / name).decode(errors="backslashreplace")
+            raise DataError(f"{written} has a name that is not UTF-8, and gives it to a class: rename it") from error
     present = _find(folder, classes)
     files = [(path, label) for path, label in present if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path for path, _ in present if path.suffix.lower() not in IMAGE_SUFFIXES and path.is_file()]
@@ -204,7 +216,8 @@ def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """Everything in the classes' folders, with their number, in order.
 
     As `convmixer classify` finds it (`app.paths`): links to folders are followed, and no folder is looked into twice, as a link
-    may lead back; one that is a class or lies in one counts there, and not where a link leads to it.
+    may lead back; one that is a class or lies in one counts there, and not where a link leads to it. Hidden ones, and hidden
+    files, are passed over.
     """
 
     def refuse(error: OSError) -> None:
@@ -221,10 +234,11 @@ def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = [Path(parent, name) for name in folders]
             roots += filter(os.path.islink, below)  # Path.is_symlink raises for a path that is too long
-            found += [(path, label) for path in (*below, *(Path(parent, name) for name in files))]
+            shown = (name for name in files if not name.startswith("."))  # and not `._cat.png`, which macOS adds
+            found += [(path, label) for path in (*below, *(Path(parent, name) for name in shown))]
     return sorted(found, key=lambda one: (one[1], one[0]))
 
 

@@ -77,6 +77,11 @@ class Group:
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
+def leads() -> bool:
+    """Whether this process, by torchrun's environment, is the one that tells people what happened."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def local_device(device: str) -> str:
     """`cuda` becomes this process's own GPU under torchrun; anything else stays as it is."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
@@ -124,9 +129,9 @@ class _GlobalBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
         dims = (0, 2, 3)
-        sums: Tensor = _SumOverProcesses.apply(torch.stack([x.float().sum(dims), x.float().square().sum(dims)]))
-        mean, square = sums / count
-        variance = square - mean.square()
+        mean: Tensor = _SumOverProcesses.apply(x.float().sum(dims)) / count
+        # around the mean, at the cost of a second exchange: a variance much smaller than the mean's square would be lost
+        variance: Tensor = _SumOverProcesses.apply((x.float() - mean.view(1, -1, 1, 1)).square().sum(dims)) / count
         with torch.no_grad():
             statistics = dict(self.named_buffers())  # the attributes are typed as maybe missing
             statistics["running_mean"].lerp_(mean, self.momentum or 0.0)

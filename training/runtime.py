@@ -27,13 +27,20 @@ class Runtime:
     tensorboard: bool = True
 
     @classmethod
-    def detect(cls, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
-        """The fastest safe choice here: bf16 where the hardware computes in it, else fp16 on a GPU and float32 on a CPU."""
-        if torch.cuda.is_available():
+    def detect(cls, device: str | None = None, *, compile: bool = False, tensorboard: bool = True) -> Runtime:
+        """The fastest safe choice here: bf16 where the hardware computes in it, else fp16 on a GPU and float32 on a CPU.
+
+        Args:
+            device: torch device; by default the GPU, if there is one.
+            compile: see the class.
+            tensorboard: see the class.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.device(device).type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls("cuda", "bf16" if has_bf16 else "fp16", compile, tensorboard)
+            return cls(device, "bf16" if has_bf16 else "fp16", compile, tensorboard)
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return cls("cpu", "bf16" if has_bf16 else "float32", compile, tensorboard)
+        return cls(device, "bf16" if has_bf16 else "float32", compile, tensorboard)
 
 
 def hardware(runtime: Runtime) -> str:

@@ -152,6 +152,14 @@ class TrainingState:
             self.scaler.load_state_dict(found["scaler"])
         return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"], found.get("init"))
 
+    def has_released(self, steps: int) -> bool:
+        """Whether a released checkpoint of so many steps lies beside that of the training."""
+        try:
+            found = load_checkpoint(self._released_path).description
+        except CheckpointError:
+            return False
+        return bool(found.get("training", {}).get("steps") == steps)
+
     def start_from(self, path: Path) -> dict[str, Any]:
         """Copies a released checkpoint's weights into model and average; the head stays new where the classes differ.
 
@@ -162,7 +170,7 @@ class TrainingState:
 
         Raises:
             CheckpointError: `path` is not a checkpoint.
-            ConfigError: it holds another network.
+            ConfigError: it holds another network, or one of pixels normalised differently.
         """
         found = load_checkpoint(path)
         build_model(found)  # one that is still in training describes no network
@@ -178,6 +186,12 @@ class TrainingState:
                 f"{key} is {there.get(key)}, here {here.get(key)}" for key in {**here, **there} if here.get(key) != there.get(key)
             ]
             raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
+        theirs_normalize = [found.description["normalize_mean"], found.description["normalize_std"]]
+        if theirs_normalize != [list(self.config.normalize_mean), list(self.config.normalize_std)]:
+            mean, std = (",".join(map(str, values)) for values in theirs_normalize)
+            raise ConfigError(
+                f"{path} was trained on pixels normalised differently; give --set normalize_mean={mean} --set normalize_std={std}"
+            )
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]
@@ -214,7 +228,6 @@ class TrainingState:
         Raises:
             StorageError: it could not be written.
         """
-        path = self.path.with_name("model.safetensors")
         description = {
             "name": self.config.model.name,
             "model": self.config.to_dict()["model"],
@@ -241,8 +254,12 @@ class TrainingState:
             },
             "code_version": __version__,
         }
-        _write(path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
-        return path
+        _write(self._released_path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
+        return self._released_path
+
+    @property
+    def _released_path(self) -> Path:
+        return self.path.with_name("model.safetensors")
 
 
 def _code_sha256() -> str:

@@ -100,11 +100,11 @@ def write_report(results: Path, page: Path) -> None:
     """
     pictures = page.parent / "images"
     pictures.mkdir(parents=True, exist_ok=True)
-    studies = json.loads(results.read_text())
+    studies = json.loads(results.read_text(encoding="utf-8"))
     for budget, study in studies.items():
         _draw_bars(study, pictures / f"study-{budget}-accuracy.png")
         _draw_costs(study, pictures / f"study-{budget}-cost.png")
-    page.write_text(render_page(studies))
+    page.write_text(render_page(studies), encoding="utf-8")
 
 
 def render_page(studies: dict[str, Any]) -> str:

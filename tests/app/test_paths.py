@@ -39,6 +39,14 @@ def test_links_that_lead_back_or_twice_to_one_folder_repeat_nothing(folder):
     assert names(folder) == ["0", "b/1", "b/2", "z/3", "x/4"]
 
 
+def test_what_is_hidden_is_passed_over_unless_it_is_asked_for(folder):
+    for name in (".git/5", "b/._1", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    assert names(folder) == ["0", "b/1", "b/2", "z/3"]
+    assert names(folder / ".git") == ["5"]
+
+
 def test_names_that_are_no_utf8_come_as_python_has_them_and_can_be_printed(folder):
     (folder / os.fsdecode(b"caf\xe9")).touch()
     assert names(folder)[:2] == ["0", "caf\udce9"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from model.checkpoint import load_checkpoint
+from model.export import read_metadata
 from tests.training.conftest import CIFAR10, Outcome
 from training.presets import PRESETS
 
@@ -26,14 +29,18 @@ def assert_one_line_failure(outcome: Outcome, message: str) -> None:
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) -> None:
+def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path, repository: Path) -> None:
     run = tmp_path / "run"
     checkpoint, artifact, card = run / "model.safetensors", tmp_path / "tiny.onnx", tmp_path / "docs" / "card.md"
+    released = repository / "app" / "artifacts" / "fast.onnx"
     steps = [
         ["train", "--preset=small", "--epochs=1", *TINY_NET, "--data", CIFAR10, "--output", run, "--device=cpu"],
         ["evaluate", checkpoint, "--data", CIFAR10, "--device=cpu"],
         ["export", checkpoint, artifact, "--data", CIFAR10, "--name=tiny", "--version=2.0.0", "--command=make train"],
         ["card", checkpoint, artifact, "--data", CIFAR10, "--output", card],
+        ["calibrate", checkpoint, "--data", CIFAR10, "--view-size=34", "--device=cpu"],
+        ["average", checkpoint, checkpoint, "--output", tmp_path / "mean.safetensors", "--data", CIFAR10, "--device=cpu"],
+        ["quantize", released, tmp_path / "int8.onnx", "--data", CIFAR10, "--name=eight"],
     ]
     said = []
     for step in steps:
@@ -45,6 +52,14 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
     assert said[1].startswith(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}")
     assert "top-1 equal to PyTorch on 200 of 200 images" in said[2]
     assert said[3] == f"wrote {card} and {artifact.with_name('tiny.card.html')}\n"
+    calibration = load_checkpoint(checkpoint).description["calibration"]
+    assert said[4] == (
+        f"validation {calibration['accuracy']:.2%}, negative log-likelihood {calibration['after']['nll']:.4f} at temperature "
+        f"{calibration['temperature']:.3f}; evaluate and export {checkpoint} again\n"
+    )
+    assert said[5] == f"validation {calibration['accuracy']:.2%}  released {tmp_path / 'mean.safetensors'}; evaluate it\n"
+    assert said[6].startswith(f"wrote {tmp_path / 'int8.onnx'}; accuracy ")
+    assert read_metadata(tmp_path / "int8.onnx")["name"] == "eight"
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability", "mistakes")}
     assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256", "tiny.card.html"} < files
@@ -56,8 +71,9 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path) ->
 def test_help_lists_the_commands(command_line: CommandLine) -> None:
     outcome = command_line("--help")
     assert outcome.code == 0
-    assert all(name in outcome.out for name in ("train", "evaluate", "export", "card", "study", "presets"))
-    for name in ("train", "evaluate", "export", "card", "study"):
+    commands = ["train", "evaluate", "average", "calibrate", "export", "quantize", "card", "study", "presets"]
+    assert re.findall(r"^[│ ]*([a-z]+)  +[A-Z]", outcome.out, re.MULTILINE) == commands
+    for name in commands:
         assert command_line(name, "--help").code == 0
 
 

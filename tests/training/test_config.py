@@ -148,6 +148,10 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
         ("clip_norm", "-1"),
         ("label_smoothing", "1"),
         ("model.patch_size", "33"),
+        ("lr", "inf"),
+        ("clip_norm", "nan"),
+        ("adam_eps", "nan"),
+        ("augment.mixup", "nan"),
         ("model.depth", "0"),
         ("augment.crop_scale", "0"),
         ("augment.crop_scale", "1.1"),
@@ -164,6 +168,11 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
 def test_values_without_sense_are_refused_by_name(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=name.rpartition(".")[2]):
         TrainConfig().override({name: text})
+
+
+def test_a_patch_must_fit_into_what_whole_pictures_are_shown_at() -> None:
+    with pytest.raises(ConfigError, match="patch_size must not exceed the image"):
+        TrainConfig().override({"view_size": "1", "train_size": "32"})
 
 
 @pytest.mark.parametrize(

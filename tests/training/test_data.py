@@ -75,6 +75,33 @@ def test_one_of_the_two_sub_folders_is_missing(tmp_path: Path) -> None:
         load_images(tmp_path, "test", 32)
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation"), ("train", "val")])
+def test_what_looks_like_splits_under_other_names_is_no_pair_of_classes(
+    folder_of: FolderOf, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for name in names:
+        shutil.copytree(folder_of("cat", "dog"), tmp_path / "splits" / name)
+    with pytest.raises(
+        DataError, match=f"holds {' and '.join(sorted(names))}, which look like splits .* call them train and test"
+    ):
+        load_images(tmp_path / "splits", "train", 32)
+
+
+def test_a_class_whose_name_is_no_utf8_is_named(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog")
+    (folder / "dog").rename(folder / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"caf\\xe9 has a name that is not UTF-8"):
+        load_images(folder, "train", 32)
+
+
+def test_what_is_hidden_in_a_class_is_not_learnt(folder_of: FolderOf) -> None:
+    folder = folder_of("cat", "dog")
+    expected = load_images(folder, "train", 32)
+    (folder / "cat" / "._1.png").write_bytes(b"macOS writes these into archives")
+    shutil.copytree(folder / "dog", folder / "cat" / ".ipynb_checkpoints")
+    assert load_images(folder, "train", 32).fingerprint() == expected.fingerprint()
+
+
 def test_a_class_may_be_named_train(folder_of: FolderOf) -> None:
     folder = folder_of("cat", "dog")
     (folder / "cat").rename(folder / "train")

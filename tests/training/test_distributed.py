@@ -26,6 +26,27 @@ def test_shares_cover_the_batch() -> None:
         Group(0, 4).share(9)
 
 
+ONE_CHANNEL = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from training.distributed import Group, join
+with join(torch.device("cpu")) as group:
+    torch.manual_seed(0)
+    whole = torch.stack([torch.full((8, 2, 2), 37.3), 30 + 1e-3 * torch.randn(8, 2, 2)], 1)
+    expected = nn.BatchNorm2d(2).double()(whole.double()).float()
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    out = group.wrap(model, torch.device("cpu"))(whole[group.share(8)])
+    torch.testing.assert_close(out, expected[group.share(8)], atol=0.02, rtol=0)
+"""
+
+
+def test_channels_that_hardly_vary_are_normalised_as_by_one_process(repository: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [*torchrun, sys.executable, "-c", ONE_CHANNEL]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_train_the_model_of_one(folder_of: Callable[..., Path], tmp_path: Path, repository: Path) -> None:
     data = ["--data", str(folder_of("cat", "frog", "horse"))]
     # without a compiler on the PATH both use the library's gradients
@@ -37,6 +58,7 @@ def test_two_processes_train_the_model_of_one(folder_of: Callable[..., Path], tm
         done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
     assert done.stderr.count("epoch   3 ") == 1, "one process speaks"
+    assert done.stdout.count("released ") == 1
     found, expected = (load_checkpoint(folder / "model.safetensors") for folder in (together, alone))
     for name, tensor in expected.tensors.items():
         torch.testing.assert_close(

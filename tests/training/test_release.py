@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,16 @@ def test_a_models_name_need_not_be_a_files(
     html = render_card(card)
     for picture in pictures:
         assert base64.b64encode(picture.read_bytes()).decode() in html
+
+
+def test_a_classs_name_is_no_markup_and_no_mathematics(artifact: Path, evaluated: Path, photos: ImageSet, tmp_path: Path) -> None:
+    checkpoint, evaluation, card = load_checkpoint(evaluated), load_evaluation(evaluated), tmp_path / "card.md"
+    classes = ["$5_$10", "a|b", "*c*", "`d`", "<e>", r"\f", *photos.classes[6:]]
+    checkpoint.description["classes"] = classes
+    evaluation["per_class"] = dict(zip(classes, evaluation["per_class"].values(), strict=True))
+    write_card(checkpoint, evaluation, metadata(artifact), replace(photos, classes=classes), card)
+    cells = re.findall(r"<td>([^\n]*)</td>\n<td>[0-9.]+%</td>", render_card(card))
+    assert [unescape(cell) for cell in cells[1:]] == classes, "behind the top-5 accuracy"
 
 
 def test_the_card_has_the_validation_accuracy_that_was_measured_last(

@@ -21,10 +21,10 @@ import torch
 
 from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
-from tests.training.conftest import QUIET, TINY
+from tests.training.conftest import CIFAR10, QUIET, TINY
 from training import train as train_module
 from training.augment import preprocessing
-from training.calibrate import calibrate
+from training.calibrate import calibrate, recalibrate
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
 from training.errors import ConfigError, DataError, DivergenceError, ResumeError, Stopped, StorageError
@@ -289,6 +289,14 @@ def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, t
 
 
 @pytest.mark.usefixtures("no_compiler")
+def test_a_run_begins_with_weights_of_pixels_normalised_as_its_own(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    config = replace(TINY, normalize_std=(0.1, 0.1, 0.1))
+    with pytest.raises(
+        ConfigError, match=r"normalised differently; give --set normalize_mean=0.4914,.* --set normalize_std=0.247,"
+    ):
+        train(config, photos, tmp_path, QUIET, init=trained)
+
+
 def test_a_run_is_not_overwritten_by_another(animals: ImageSet, tmp_path: Path) -> None:
     path = train(TINY, animals, tmp_path, QUIET)
     with pytest.raises(ResumeError, match="holds a run already"):
@@ -329,7 +337,7 @@ def test_runtime_suits_the_machine() -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_too_few_images_for_one_batch(animals: ImageSet, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="57 training images do not fill one batch of 64"):
+    with pytest.raises(DataError, match="57 training images do not fill one batch of 64; give --set batch_size=57 or less"):
         train(replace(TINY, batch_size=64), animals, tmp_path, QUIET)
 
 
@@ -538,6 +546,15 @@ def test_a_finished_run_resumes_to_the_same_release(stopped: Path, photos: Image
     assert_same_weights(train(TINY, photos, stopped, QUIET, resume=True), trained)
 
 
+def test_a_finished_run_keeps_what_was_released_and_calibrated_since(
+    stopped: Path, photos: ImageSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recalibrate(stopped / "model.safetensors", CIFAR10, "cpu", 40)
+    path = train(TINY, photos, stopped, QUIET, resume=True)
+    assert load_checkpoint(path).description["view_size"] == 40
+    assert "holds a finished run" in capsys.readouterr().err
+
+
 def test_nothing_to_resume(photos: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=r"no checkpoint at .*last\.safetensors; start without --resume"):
         train(TINY, photos, tmp_path, QUIET, resume=True)
@@ -583,8 +600,10 @@ def test_a_run_that_goes_on_with_changed_code_says_so(
         found: dict[str, Any] = load_checkpoint(train(TINY, photos, stopped, QUIET, resume=True)).description["training"]
         return found
 
+    (stopped / "model.safetensors").unlink()
     assert not resume()["code_changed"]
     assert "is not that which wrote" not in capsys.readouterr().err
+    (stopped / "model.safetensors").unlink()
     rewrite(stopped / "last.safetensors", code_sha256="0" * 64)
     assert resume()["code_changed"]
     assert "is not that which wrote" in capsys.readouterr().err
