@@ -70,6 +70,9 @@ def serve(
     settings = within_open_files(settings)
     # the lifespan has said in one line why it does not start; Starlette would add its traceback
     logging.getLogger("uvicorn.error").addFilter(lambda record: "StartupError" not in record.getMessage())
+    # a bad request is counted, and has its line in the access log, with its id and client; these have neither
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.getMessage() != "Invalid HTTP request received.")
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

@@ -195,12 +195,15 @@ class Protocol(HttpToolsProtocol):
             self._refuse(self._all_busy())
         if self._deaf:
             return
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # such clients do not know an answer before the answer (RFC 9110, 10.1.1)
         image = raw_image.match(self) if self.cycle is None or self.cycle.response_complete else None
         if image:
             self._start_raw(image)
         else:
             super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
+            self.cycle.scope["state"]["arrived"] = self.active
             self.cycle.transport = _CycleTransport(self.transport.write, self.transport.is_closing, self.close)  # type: ignore[assignment]
         self._in_headers, self._header_bytes = False, 0
         if self._last:
@@ -251,6 +254,9 @@ class Protocol(HttpToolsProtocol):
             self.receive_by = self.receive_by or self.active + self.settings.receive_timeout_s
         self.idle.pop(self, None)
         self.idle[self] = None
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Uvicorn's hook. Its advice, to install a library for WebSockets, is none here; the refusal has its own line."""
 
     def send_400_response(self, msg: str) -> None:
         """Uvicorn's hook for bytes that are no HTTP."""

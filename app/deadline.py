@@ -33,5 +33,7 @@ def time_left_s(deadline_s: float, begin: float) -> float:
     """
     left_s = deadline_s - (time.monotonic() - begin)
     if left_s <= 0:
-        raise DeadlineExceeded("the deadline passed while the request was being read; raise X-Deadline-Ms")
+        raise DeadlineExceeded(
+            "the deadline passed while the request was being read; raise X-Deadline-Ms (under /v2 also `timeout`)"
+        )
     return left_s

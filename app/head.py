@@ -1,4 +1,4 @@
-"""What the head of a request may be: its size, its version, one Host (RFC 9112)."""
+"""What the head of a request may be: its size, its version, one Host, no coding but chunks (RFC 9112)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from app.errors import HeadersTooLarge, MalformedRequest, ServiceError
 _MOST_BYTES = 32 * 1024
 _MOST_HEADERS = 100
 _VERSIONS = ("1.1", "1.0")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fvV:.]+\])(?::\d*)?")
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
@@ -33,8 +34,11 @@ def unreadable(version: str, headers: list[tuple[bytes, bytes]], *, upgrade: boo
         return MalformedRequest("only HTTP/1.1 and 1.0 are spoken here")
     if upgrade:
         return MalformedRequest("only HTTP/1.1 is spoken here: send the request without CONNECT or Upgrade")
-    if version == "1.1" and sum(name == b"host" for name, _ in headers) != 1:
-        return MalformedRequest("send one Host header (RFC 9112, 3.2)")
+    hosts = [value for name, value in headers if name == b"host"]
+    if (version == "1.1" and len(hosts) != 1) or not all(map(_HOST.fullmatch, hosts)):
+        return MalformedRequest("send one Host header, with a host and maybe a port (RFC 9112, 3.2)")
+    if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in headers):
+        return MalformedRequest("only Transfer-Encoding: chunked is read here; a compressed body is told by Content-Encoding")
     return None
 
 

@@ -87,10 +87,10 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         answer_failure=problems.answer_failure,
         on_response=_tell,
     )
-    if not settings.cors_origins:
+    origins = settings.origins()
+    if not origins:
         return guarded
     # around the guard: a preflight brings no key, and scripts may read only answers that allow it, refusals too
-    origins = [origin.strip() for origin in settings.cors_origins.split(",")]
     exposed = ["X-Request-ID", "Retry-After", "Server-Timing", "Inference-Header-Content-Length"]
     return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
 

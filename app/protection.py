@@ -254,6 +254,8 @@ def _begin(scope: Scope, request_id: str) -> Exchange:
     # nobody wants them, yet FastAPI reads cookies: of 32 KB of backslashes for seconds (CVE-2024-7592)
     scope["headers"] = [header for header in scope["headers"] if header[0] != b"cookie"]
     path = scope["raw_path"].decode("ascii", "backslashreplace")
-    exchange = Exchange(scope["method"], path, scope["client"], scope["headers"], request_id, time.monotonic())
+    # behind others on its connection it has waited for their answers (`app.connection`; other servers do not tell)
+    begin = scope["state"].get("arrived") or time.monotonic()
+    exchange = Exchange(scope["method"], path, scope["client"], scope["headers"], request_id, begin)
     scope["state"] |= {"request_id": request_id, "exchange": exchange}
     return exchange

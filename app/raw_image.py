@@ -65,21 +65,27 @@ def match(protocol: Protocol) -> Head | None:
     path, _, query = protocol.url.partition(b"?")
     if path != b"/classify" or protocol.parser.get_method() != b"POST" or protocol.flow.write_paused:
         return None
-    length, is_raw, asked, request_id = -1, False, None, b""
+    length, kind, asked, request_id = -1, None, None, b""
     for name, value in protocol.headers:
         if name == b"content-type":
-            is_raw = value in _RAW_TYPES
+            if kind is not None:
+                return None
+            kind = value
         elif name == b"content-length":
             length = int(value) if value.isdigit() else -1
         elif name == b"x-request-id":
             request_id = value
         elif name == b"x-deadline-ms":
-            if not value.isdigit() or len(value) > _MAX_DEADLINE_DIGITS or not 0 < int(value) <= MOST_ASKED_MS:
+            if asked or not value.isdigit() or len(value) > _MAX_DEADLINE_DIGITS or not 0 < int(value) <= MOST_ASKED_MS:
                 return None
             asked = int(value)
         elif name in _UNUSUAL:
             return None
-    if not is_raw or not 0 < length <= protocol.settings.max_body_bytes or not protocol.service.keys.admit(protocol.headers):
+    if (
+        kind not in _RAW_TYPES
+        or not 0 < length <= protocol.settings.max_body_bytes
+        or not protocol.service.keys.admit(protocol.headers)
+    ):
         return None
     wanted = _wanted(query, deadline_ms(asked, protocol.settings))
     # HTTP/1.0 could ask to be kept, but would wait for a header that says so

@@ -7,6 +7,7 @@ limit must not silently be the default. The table in docs/settings.md is checked
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from app.errors import StartupError
 
 ENV_PREFIX = "CONVMIXER_"
+
+_DAY_S = 86_400
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s,A-Z]+")
+"""As browsers send it (RFC 6454, 6.2): no path, not even a slash, and the host in lower case."""
 
 
 class Settings(BaseModel):
@@ -38,7 +44,7 @@ class Settings(BaseModel):
     precision: Literal["f32", "bf16"] = Field(
         "f32", description="What `openvino` computes in; `bf16` refuses to start on a CPU without it."
     )
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     processes: int = Field(
         1,
@@ -55,10 +61,13 @@ class Settings(BaseModel):
     max_batch: int = Field(0, ge=0, le=4096, description="Largest batch of images. 0: measured at start.")
     coalesce: bool = Field(True, description="Compute identical images (up to 64 KiB) that are in flight together once.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
-    deadline_ms: int = Field(5000, ge=1, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds.")
+    deadline_ms: int = Field(
+        5000, ge=1, le=3_600_000, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds."
+    )
     max_deadline_ms: int = Field(
         60_000,
         ge=1,
+        le=3_600_000,
         description="Most that `X-Deadline-Ms` may ask for; more is taken as this: else one could fill the queue for an hour.",
     )
     max_connections: int = Field(
@@ -73,11 +82,14 @@ class Settings(BaseModel):
     max_images: int = Field(128, ge=1, description="Most images in one request.")
     max_pixels: int = Field(50_000_000, ge=1, description="Most pixels of one image, checked before decoding.")
     max_side: int = Field(20_000, ge=1, description="Longest side of one image in pixels, checked before decoding.")
-    receive_timeout_s: float = Field(30.0, gt=0, description="Time for a request, headers and body, to arrive, in seconds.")
-    drain_timeout_s: int = Field(20, ge=0, description="Time for open requests to finish after SIGTERM, in seconds.")
+    receive_timeout_s: float = Field(
+        30.0, gt=0, le=_DAY_S, description="Time for a request, headers and body, to arrive, in seconds."
+    )
+    drain_timeout_s: int = Field(20, ge=0, le=_DAY_S, description="Time for open requests to finish after SIGTERM, in seconds.")
     shutdown_delay_s: float = Field(
         0.0,
         ge=0,
+        le=_DAY_S,
         description="Time to go on as before after SIGTERM, but not ready, so that a load balancer leaves first, in seconds.",
     )
     api_keys: SecretStr | None = Field(
@@ -153,7 +165,23 @@ class Settings(BaseModel):
         keys = [key for text in texts if (key := text.strip())]
         if not keys:  # an empty file must not open the service
             raise StartupError("CONVMIXER_API_KEYS or CONVMIXER_API_KEYS_FILE is set but holds no key")
+        if any("\udc80" <= letter <= "\udcff" for key in keys for letter in key):  # what os.environ makes of other bytes
+            raise StartupError("CONVMIXER_API_KEYS is not UTF-8")
         return keys
+
+    def origins(self) -> list[str]:
+        """Origins whose pages may call the service.
+
+        Raises:
+            StartupError: one is none that a browser would send.
+        """
+        origins = [origin for text in (self.cors_origins or "").split(",") if (origin := text.strip())]
+        if wrong := [origin for origin in origins if not _ORIGIN.fullmatch(origin)]:
+            raise StartupError(
+                f"CONVMIXER_CORS_ORIGINS: {wrong[0]!r} is no origin; write it as browsers send it, e.g. https://app.example or "
+                "http://localhost:3000, without a path or a slash at the end, in lower case; * is any"
+            )
+        return origins
 
     def artifact_path(self) -> Path:
         """The .onnx file that `model` names.

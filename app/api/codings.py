@@ -6,7 +6,7 @@ import asyncio
 import gzip
 import re
 import zlib
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
 
 from app.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 
@@ -78,15 +78,18 @@ def compress(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
     return (_COMPRESSORS[coding](body), coding) if coding else (body, None)
 
 
-def choose_coding(accept_encoding: str, offered: Container[str]) -> str | None:
-    """The first of the client's codings that is offered and that it does not exclude; None if there is none.
+def choose_coding(accept_encoding: str, offered: Iterable[str]) -> str | None:
+    """The coding that the client likes best of those offered; None if it takes none.
 
     Args:
         accept_encoding: the request's header (RFC 9110, 12.5.3).
-        offered: names of codings.
+        offered: names of codings; of those liked as well, the first is taken.
     """
+    weights = {}
     for item in accept_encoding.lower().split(","):
         coding, _, weight = item.partition(";")
-        if coding.strip() in offered and not re.fullmatch(r"q=0(\.0*)?", weight.strip()):
-            return coding.strip()
-    return None
+        found = re.fullmatch(r"\s*q=([01](?:\.\d{0,3})?)\s*", weight) if weight else None
+        weights[coding.strip()] = float(found[1]) if found else 1.0
+    liked = {coding: weights.get(coding, weights.get("*", 0.0)) for coding in offered}
+    best = max(liked, key=lambda coding: liked[coding], default=None)
+    return best if best and liked[best] else None

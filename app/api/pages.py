@@ -177,8 +177,9 @@ def _prepare(body: bytes, media_type: str) -> Asset:
 
 def _send(request: Request, asset: Asset, status: HTTPStatus = HTTPStatus.OK) -> Response:
     headers = {**_HEADERS, "ETag": asset.etag}
-    known = [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]
-    if status == HTTPStatus.OK and asset.etag in known:
+    # the weak comparison (RFC 9110, 8.8.3.2)
+    known = {tag.strip().removeprefix("W/") for line in request.headers.getlist("if-none-match") for tag in line.split(",")}
+    if status == HTTPStatus.OK and known & {"*", asset.etag.removeprefix("W/")}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     if asset.zipped and choose_coding(request.headers.get("accept-encoding", ""), {"gzip"}):
         return Response(asset.zipped, status, {**headers, "Content-Encoding": "gzip"}, asset.media_type)

@@ -196,7 +196,8 @@ class Admission:
         for asker in late:
             if asker.future.set_running_or_notify_cancel():
                 error = DeadlineExceeded(
-                    "the deadline passed while the image was waiting; raise X-Deadline-Ms or try again later"
+                    "the deadline passed while the image was waiting; raise X-Deadline-Ms (under /v2 also `timeout`) or "
+                    "try again later"
                 )
                 error.timing = item.timing
                 asker.future.set_exception(error)

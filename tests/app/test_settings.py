@@ -20,12 +20,43 @@ def test_a_misspelt_variable_stops_the_start(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PORT", "70000"), ("PROVIDER", "tpu"), ("DEADLINE_MS", "0"), ("MODEL_SHA256", "abc")]
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("PROVIDER", "tpu"),
+        ("DEADLINE_MS", "0"),
+        ("DEADLINE_MS", "9" * 20),
+        ("MODEL_SHA256", "abc"),
+        ("HOST", ""),
+        ("RECEIVE_TIMEOUT_S", "inf"),
+        ("SHUTDOWN_DELAY_S", "inf"),
+        ("DRAIN_TIMEOUT_S", "99999999999"),
+    ],
 )
 def test_a_bad_value_is_named(monkeypatch, name, value):
     monkeypatch.setenv(ENV_PREFIX + name, value)
     with pytest.raises(StartupError, match=f"{ENV_PREFIX}{name}='{value}'"):
         Settings.load()
+
+
+def test_keys_that_are_no_text_are_refused_and_not_shown():
+    with pytest.raises(StartupError, match=r"^CONVMIXER_API_KEYS is not UTF-8$"):
+        Settings(api_keys="good,\udcffkey").keys()
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://app.example/", "https://app.example/page", "app.example", "https://App.example", "https://a b", "https://"],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    with pytest.raises(StartupError, match=re.escape(repr(origin))):
+        Settings(cors_origins=f"https://good.example,{origin}").origins()
+
+
+def test_origins_are_those_that_browsers_send():
+    origins = ["https://app.example", "http://localhost:3000", "chrome-extension://abc", "http://[::1]:8000", "null", "*"]
+    assert Settings(cors_origins=", ".join(origins) + ",").origins() == origins
+    assert Settings().origins() == []
 
 
 def test_every_setting_is_documented_with_its_default(repository):

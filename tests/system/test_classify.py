@@ -85,6 +85,21 @@ def test_both_ways_refuse_alike(client, content, query, headers, expected):
         assert problem(response) == expected
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("Content-Type", "text/plain"), ("Content-Type", "image/webp")], 415),
+        ([("Content-Type", "image/webp"), ("Content-Type", "text/plain")], 200),
+        ([("Content-Type", "image/webp"), ("X-Deadline-Ms", "5000"), ("X-Deadline-Ms", "soon")], 200),
+        ([("Content-Type", "image/webp"), ("X-Deadline-Ms", "soon"), ("X-Deadline-Ms", "5000")], 422),
+    ],
+)
+def test_of_repeated_headers_the_first_counts_on_both_ways(client, samples, headers, status):
+    for through_fastapi in ([], [("Origin", "https://other.example")]):
+        response = client.post("/classify", content=samples[0].data, headers=[*headers, *through_fastapi])
+        assert response.status_code == status, response.text
+
+
 def test_the_images_of_a_client_that_left_are_dropped(start, samples, tmp_path):
     path = tmp_path / "large.png"
     Image.effect_noise((1500, 1500), 60).save(path)

@@ -62,6 +62,8 @@ def impatient() -> Iterator[str]:
     yield server.wait_until_ready()
     assert server.stop() == 0
     assert "Traceback" not in server.log, server.log
+    assert "Invalid HTTP request" not in server.log, "each has its line of the access log"
+    assert "WebSocket" not in server.log
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +265,8 @@ def test_an_image_may_arrive_in_any_pieces(base_url, samples):
         ),
         (b"GET /livez HTTP/1.1\r\n\r\n", 400, "malformed_request"),
         (b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400, "malformed_request"),
+        (b"GET /livez HTTP/1.1\r\nHost: x y/z\r\n\r\n", 400, "malformed_request"),
+        (CLASSIFY + b"Content-Type: image/png\r\nTransfer-Encoding: gzip, chunked\r\n\r\n1\r\nx\r\n", 400, "malformed_request"),
         (b"POST /classify HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: 1\r\n\r\nx", 400, "malformed_request"),
     ],
 )
@@ -273,6 +277,19 @@ def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_c
     assert (got, body["code"]) == (status, code)
     assert b"application/problem+json" in head
     assert body["request_id"].encode() in head
+
+
+@pytest.mark.parametrize("host", [b"", b"my_service:8000", b"[::1]:8000", b"EXAMPLE.org:", b"xn--bcher-kva.example"])
+def test_whatever_a_host_may_be_is_taken(base_url, host):
+    with connect(base_url) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n")
+        assert [status for status, _, _ in answers(connection)] == [200]
+
+
+def test_a_client_of_http_1_0_gets_no_answer_before_the_answer(base_url, samples):
+    with connect(base_url) as connection:
+        connection.sendall(classify_request(samples[0].data, "Expect: 100-continue", version="1.0"))
+        assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 def test_an_upload_that_stalls_is_counted_once_as_what_it_was_told(start):
@@ -411,6 +428,21 @@ def test_a_body_stays_as_it_was_wherever_the_end_of_the_head_is_torn(base_url, s
             assert next(received)[0] == 200
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert [status for status, _, _ in received] == [200]
+
+
+def test_time_behind_another_request_is_part_of_a_requests_deadline(base_url, samples):
+    many = httpx.Request("POST", f"{base_url}/classify", files=[("images", ("x.webp", sample.data)) for sample in samples[:100]])
+    head = b"".join(b"%s: %s\r\n" % pair for pair in many.headers.raw)
+    with connect(base_url) as connection:
+        connection.sendall(
+            b"POST /classify HTTP/1.1\r\n"
+            + head
+            + b"\r\n"
+            + many.read()
+            + classify_request(samples[0].data, "X-Deadline-Ms: 10", "Connection: close")
+        )
+        (first, _, _), (second, _, body) = answers(connection)
+    assert (first, second, body["code"]) == (200, 504, "deadline_exceeded")
 
 
 def test_a_half_sent_request_behind_another_has_a_deadline(impatient, samples):

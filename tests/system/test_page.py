@@ -356,6 +356,11 @@ def test_what_goes_with_every_file(client, path):
     assert client.head(path).headers["ETag"] == response.headers["ETag"]
     again = client.get(path, headers={"If-None-Match": response.headers["ETag"]})
     assert (again.status_code, again.content) == (304, b"")
+    for known in ([("If-None-Match", response.headers["ETag"].removeprefix("W/"))], [("If-None-Match", "*")]):
+        assert client.get(path, headers=known).status_code == 304
+    two_lines = [("If-None-Match", '"other"'), ("If-None-Match", response.headers["ETag"])]
+    assert client.get(path, headers=two_lines).status_code == 304
+    assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
     plain = client.get(path, headers={"Accept-Encoding": "identity"})
     assert plain.content == response.content
     assert "Content-Encoding" not in plain.headers
