@@ -75,15 +75,15 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.8.0"},
+    "model": {"name": "fast", "version": "1.9.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.9983,
+            "confidence": 0.9993,
             "in_distribution": True,
-            "in_distribution_score": 0.6085,
-            "top_k": [{"label": "cat", "probability": 0.9983}, {"label": "dog", "probability": 0.0008}],
+            "in_distribution_score": 0.7092,
+            "top_k": [{"label": "cat", "probability": 0.9993}, {"label": "dog", "probability": 0.0003}],
             "warnings": [],
         }
     ],
