@@ -7,15 +7,12 @@ import time
 from app.errors import DeadlineExceeded
 from app.settings import Settings
 
-MOST_ASKED_MS = 3_600_000
-"""Largest `X-Deadline-Ms`."""
-
 
 def deadline_ms(asked: int | None, settings: Settings) -> int:
     """Milliseconds that a request may take.
 
     Args:
-        asked: `X-Deadline-Ms`, 1 to MOST_ASKED_MS, if it was sent.
+        asked: `X-Deadline-Ms`, 1 to `settings.MOST_DEADLINE_MS`, if it was sent.
         settings: the default, and the most.
     """
     return min(asked, settings.max_deadline_ms) if asked else settings.deadline_ms

@@ -18,10 +18,11 @@ from pydantic_core import to_json
 
 from app.api.classify import RAW_TYPES, Wanted
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
-from app.deadline import MOST_ASKED_MS, deadline_ms, time_left_s
+from app.deadline import deadline_ms, time_left_s
 from app.engine.outcome import Outcome, Timing
 from app.errors import CLIENT_LEFT, ServiceError
 from app.protection import choose_request_id
+from app.settings import MOST_DEADLINE_MS
 from app.telemetry.exchange import Exchange, server_timing
 from app.verdict import judge
 
@@ -34,7 +35,7 @@ _RAW_TYPES = frozenset(name.encode() for name in RAW_TYPES)
 _FLAGS = {b"true": True, b"false": False}
 _MAX_DIGITS = 3
 """Longer numbers are the route's business."""
-_MAX_DEADLINE_DIGITS = len(str(MOST_ASKED_MS))
+_MAX_DEADLINE_DIGITS = len(str(MOST_DEADLINE_MS))
 _LONGEST_LENGTH = 12
 _LONGEST_HEAD = 2048
 """Longer ones are parsed each time: what is kept counts once a connection."""
@@ -76,7 +77,7 @@ def match(protocol: Protocol) -> Head | None:
         elif name == b"x-request-id":
             request_id = value
         elif name == b"x-deadline-ms":
-            if asked or not value.isdigit() or len(value) > _MAX_DEADLINE_DIGITS or not 0 < int(value) <= MOST_ASKED_MS:
+            if asked or not value.isdigit() or len(value) > _MAX_DEADLINE_DIGITS or not 0 < int(value) <= MOST_DEADLINE_MS:
                 return None
             asked = int(value)
         elif name in _UNUSUAL:

@@ -17,6 +17,9 @@ from app.errors import StartupError
 
 ENV_PREFIX = "CONVMIXER_"
 
+MOST_DEADLINE_MS = 3_600_000
+"""Of requests, and of the settings about them."""
+
 _DAY_S = 86_400
 
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\s,A-Z]+")
@@ -62,12 +65,12 @@ class Settings(BaseModel):
     coalesce: bool = Field(True, description="Compute identical images (up to 64 KiB) that are in flight together once.")
     max_queue: int = Field(1024, ge=1, description="Images waiting at most; more are refused with 503.")
     deadline_ms: int = Field(
-        5000, ge=1, le=3_600_000, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds."
+        5000, ge=1, le=MOST_DEADLINE_MS, description="Time for a request that sends no `X-Deadline-Ms`, in milliseconds."
     )
     max_deadline_ms: int = Field(
         60_000,
         ge=1,
-        le=3_600_000,
+        le=MOST_DEADLINE_MS,
         description="Most that `X-Deadline-Ms` may ask for; more is taken as this: else one could fill the queue for an hour.",
     )
     max_connections: int = Field(

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, get_type_hints
 
 from model.architectures import ModelConfig, config_class, config_from_dict
@@ -180,6 +181,23 @@ class TrainConfig:
             "normalize_mean": list(self.normalize_mean),
             "normalize_std": list(self.normalize_std),
         }
+
+    def check_normalized_alike(self, path: Path, description: dict[str, Any]) -> None:
+        """Refuses a network that this run would begin with, or learn from, if it knows pixels of other means and deviations.
+
+        Args:
+            path: of its checkpoint.
+            description: the checkpoint's.
+
+        Raises:
+            ConfigError: it was trained so.
+        """
+        theirs = [description["normalize_mean"], description["normalize_std"]]
+        if theirs != [list(self.normalize_mean), list(self.normalize_std)]:
+            mean, std = (",".join(map(str, values)) for values in theirs)
+            raise ConfigError(
+                f"{path} was trained on pixels normalised differently; give --set normalize_mean={mean} --set normalize_std={std}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

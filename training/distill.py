@@ -89,9 +89,7 @@ def _check_fits(path: Path, found: dict[str, Any], config: TrainConfig, data: Im
     if found["classes"] != data.classes:
         raise ConfigError(f"the teacher {path} knows classes {found['classes']}, the data has {data.classes}")
     check_held_out(path, found, data, config.val_fraction)
-    ours = [list(config.normalize_mean), list(config.normalize_std)]
-    if [found["normalize_mean"], found["normalize_std"]] != ours:
-        raise ConfigError(f"the teacher {path} was trained on pixels normalised differently; both must see the same")
+    config.check_normalized_alike(path, found)
     size = found["model"].get("image_size")
     if size and {size} != {config.largest_size, config.start_size or config.largest_size}:
         raise ConfigError(f"the teacher {path} takes images of {size} pixels only; set image_size to that, and start_size to 0")

@@ -152,10 +152,15 @@ class TrainingState:
             self.scaler.load_state_dict(found["scaler"])
         return Progress(found["step"], found["seconds"], found["loss_sum"], found["history"], found.get("init"))
 
+    @property
+    def released_path(self) -> Path:
+        """Where the released checkpoint lies, or will."""
+        return self.path.with_name("model.safetensors")
+
     def has_released(self, steps: int) -> bool:
         """Whether a released checkpoint of so many steps lies beside that of the training."""
         try:
-            found = load_checkpoint(self._released_path).description
+            found = load_checkpoint(self.released_path).description
         except CheckpointError:
             return False
         return bool(found.get("training", {}).get("steps") == steps)
@@ -186,12 +191,7 @@ class TrainingState:
                 f"{key} is {there.get(key)}, here {here.get(key)}" for key in {**here, **there} if here.get(key) != there.get(key)
             ]
             raise ConfigError(f"{path} holds another network: {'; '.join(changed)}")
-        theirs_normalize = [found.description["normalize_mean"], found.description["normalize_std"]]
-        if theirs_normalize != [list(self.config.normalize_mean), list(self.config.normalize_std)]:
-            mean, std = (",".join(map(str, values)) for values in theirs_normalize)
-            raise ConfigError(
-                f"{path} was trained on pixels normalised differently; give --set normalize_mean={mean} --set normalize_std={std}"
-            )
+        self.config.check_normalized_alike(path, found.description)
         for network in (self.model, self.ema.module):
             network.load_state_dict(weights, strict=same_classes)
         before = found.description["training"]
@@ -254,12 +254,8 @@ class TrainingState:
             },
             "code_version": __version__,
         }
-        _write(self._released_path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
-        return self._released_path
-
-    @property
-    def _released_path(self) -> Path:
-        return self.path.with_name("model.safetensors")
+        _write(self.released_path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
+        return self.released_path
 
 
 def _code_sha256() -> str:

@@ -118,10 +118,10 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             f"{output} holds a run already; go on with it (--resume), remove {state.path}, or give another --output"
         )
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
-    path = output / "model.safetensors"
     if progress.step == total_steps and state.has_released(total_steps):
-        print(f"{output} holds a finished run; {path} is left as it is (remove it to have it made again)", file=sys.stderr)
-        return path
+        kept = state.released_path
+        print(f"{output} holds a finished run; {kept} is left as it is (remove it to have it made again)", file=sys.stderr)
+        return kept
     if finish and not progress.history:
         raise ResumeError(f"{state.path} is from before the end of the first epoch; there is nothing to release yet")
     last_step = progress.step if finish else total_steps
@@ -224,17 +224,11 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 reason = "by a signal" if termination else "at its deadline"
                 number = termination[0] if termination else None
                 raise Stopped(f"stopped at step {step + 1} {reason}; continue with --resume", number)
-        failure = None
         if group.leads:
             released = ema.module if config.ema_decay else model
             calibration = calibrate(released, training, validation, config, device)
-            try:
-                state.release(released, progress, calibration, len(training), len(validation), runtime)
-            except StorageError as error:
-                failure = error
-        if group.any(failure is not None, device):  # the others wait here, or they would say that it was released before it is
-            raise failure or StorageError("process 0 could not write the released checkpoint")
-    return path
+            state.release(released, progress, calibration, len(training), len(validation), runtime)
+    return state.released_path
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -12,14 +12,15 @@ from typing import Annotated, Any
 from fastapi import Header, Request, Response
 from starlette.requests import ClientDisconnect
 
-from app.deadline import MOST_ASKED_MS, time_left_s
+from app.deadline import time_left_s
 from app.engine.outcome import Outcome
 from app.errors import Overloaded
 from app.images import DecodedImage
 from app.protection import Receive, Scope, Send
 from app.service import Service
+from app.settings import MOST_DEADLINE_MS
 
-DeadlineHeader = Annotated[int | None, Header(ge=1, le=MOST_ASKED_MS, description="Time this request may take.")]
+DeadlineHeader = Annotated[int | None, Header(ge=1, le=MOST_DEADLINE_MS, description="Time this request may take.")]
 """`X-Deadline-Ms`."""
 
 

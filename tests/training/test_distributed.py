@@ -26,8 +26,8 @@ def test_shares_cover_the_batch() -> None:
         Group(0, 4).share(9)
 
 
-ONE_CHANNEL = """
-import sys, torch, torch.distributed as dist
+NEARLY_CONSTANT = """
+import torch
 from torch import nn
 from training.distributed import Group, join
 with join(torch.device("cpu")) as group:
@@ -42,7 +42,7 @@ with join(torch.device("cpu")) as group:
 
 def test_channels_that_hardly_vary_are_normalised_as_by_one_process(repository: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command = [*torchrun, sys.executable, "-c", ONE_CHANNEL]
+    command = [*torchrun, sys.executable, "-c", NEARLY_CONSTANT]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -297,6 +297,7 @@ def test_a_run_begins_with_weights_of_pixels_normalised_as_its_own(trained: Path
         train(config, photos, tmp_path, QUIET, init=trained)
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_a_run_is_not_overwritten_by_another(animals: ImageSet, tmp_path: Path) -> None:
     path = train(TINY, animals, tmp_path, QUIET)
     with pytest.raises(ResumeError, match="holds a run already"):
