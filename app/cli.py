@@ -132,6 +132,7 @@ def classify(
     Images that cannot be read are reported on standard error, and in their row; the others are classified.
     """
     from app.cli_classify import STDIN, classify_here, classify_there, expand, find_images, open_writer, read_list
+    from app.cli_interrupt import Interruption
     from app.paths import printable
     from app.telemetry.logs import visible
 
@@ -160,18 +161,17 @@ def classify(
     shows_bar = watched and not to_terminal
     total = sum(1 for _ in files()) if shows_bar and not files_from else None
     begin, done, failed = time.monotonic(), 0, 0
-    signal.signal(signal.SIGTERM, _terminate)
-    with ExitStack() as stack:
+    with Interruption() as interruption, ExitStack() as stack:
         if url:
             client = stack.enter_context(
                 _open_client(url, _read_key(api_key_file), concurrency=concurrency, deadline_s=deadline_s)
             )
             client.model()  # a wrong address is known at once, not after the first image's deadline
-            rows = classify_there(client, files(), top_k)
+            rows = classify_there(client, files(), top_k, interruption)
         else:
             service = _open_service(model)
             stack.callback(service.close)
-            rows = classify_here(service, files(), top_k)
+            rows = classify_here(service, files(), top_k, interruption)
         stack.callback(rows.close)
         write = stack.enter_context(open_writer(format_name, parquet or output))
         bar = stack.enter_context(
@@ -190,12 +190,6 @@ def classify(
         typer.echo(f"{done:,} images in {seconds:.1f} s, {done / seconds:.0f} a second; {failed:,} failed", err=True)
     if failed:
         raise SystemExit(1)
-
-
-def _terminate(*_: object) -> None:
-    """Ends as Ctrl-C does: what was classified is written, and a Parquet file gets its end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut that short
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import typer
 
+from app.cli_interrupt import Interruption
 from app.errors import InferenceFailed, ServiceError, StartupError
 from app.paths import find_files, printable
 from app.telemetry.logs import visible
@@ -112,13 +113,14 @@ def read_list(path: str) -> Iterator[str]:
         yield from filter(None, (line.rstrip("\r\n") for line in file))
 
 
-def classify_here(service: Service, files: Iterable[str], top_k: int) -> Generator[Row, None, None]:
+def classify_here(service: Service, files: Iterable[str], top_k: int, interruption: Interruption) -> Generator[Row, None, None]:
     """Rows in the order of `files`, made by this process on every core.
 
     Args:
         service: the running engine.
         files: paths.
         top_k: classes in a row.
+        interruption: ends the wait for files and for the engine.
 
     Raises:
         StartupError: the engine has failed, and would on all that is left.
@@ -127,30 +129,31 @@ def classify_here(service: Service, files: Iterable[str], top_k: int) -> Generat
     window = min(max(_WINDOW, 2 * scheduler.workers * scheduler.max_batch), settings.max_queue)
     in_flight: deque[tuple[int, str, int, Future[Outcome] | ServiceError]] = deque()
     held_bytes = 0
-    for index, path in enumerate(files):
-        data = _read(path, settings.max_body_bytes)
+    contents = ((path, _read(path, settings.max_body_bytes)) for path in files)
+    for index, (path, data) in enumerate(interruption.during(contents)):
         size = len(data) if isinstance(data, bytes) else 0
         while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
             held_bytes -= in_flight[0][2]
-            yield _row(service, *in_flight.popleft(), top_k=top_k)
+            yield _row(service, *in_flight.popleft(), top_k=top_k, interruption=interruption)
         held_bytes += size
         in_flight.append((index, path, size, scheduler.submit([data])[0] if isinstance(data, bytes) else data))
     while in_flight:
-        yield _row(service, *in_flight.popleft(), top_k=top_k)
+        yield _row(service, *in_flight.popleft(), top_k=top_k, interruption=interruption)
 
 
-def classify_there(client: Client, files: Iterable[str], top_k: int) -> Generator[Row, None, None]:
+def classify_there(client: Client, files: Iterable[str], top_k: int, interruption: Interruption) -> Generator[Row, None, None]:
     """Rows in the order of `files`, made by a server.
 
     Args:
         client: of that server.
         files: paths.
         top_k: classes in a row.
+        interruption: ends the wait for files and for the server.
     """
     from app.client import Prediction
 
     images = (sys.stdin.buffer.read() if path == STDIN else path for path in files)
-    for result in client.classify_many(images, top_k=top_k):
+    for result in interruption.during(client.classify_many(images, top_k=top_k)):
         name = {"index": result.index, "filename": result.filename or STDIN}
         if isinstance(result, Prediction):
             row = result.to_dict() | name
@@ -176,7 +179,16 @@ def _read(path: str, max_bytes: int) -> bytes | ServiceError:
         return UndecodableImage(f"cannot be read: {error}")
 
 
-def _row(service: Service, index: int, path: str, _: int, pending: Future[Outcome] | ServiceError, *, top_k: int) -> Row:
+def _row(
+    service: Service,
+    index: int,
+    path: str,
+    _: int,
+    pending: Future[Outcome] | ServiceError,
+    *,
+    top_k: int,
+    interruption: Interruption,
+) -> Row:
     from app.schemas import item_error
     from app.verdict import judge
 
@@ -184,7 +196,9 @@ def _row(service: Service, index: int, path: str, _: int, pending: Future[Outcom
         if isinstance(pending, ServiceError):
             raise pending
         while not wait([pending], _LOOK_S).done:
+            interruption.check()
             _raise_if_failed(service)
+        interruption.check()
         outcome = pending.result()
     except ServiceError as error:
         if isinstance(error, InferenceFailed):

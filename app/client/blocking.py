@@ -11,15 +11,16 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
 from app.client.asynchronous import AsyncClient
 from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_count, check_deadline, exchange
 from app.client.images import Batch, ImageInput, Picture, batches, encode, filename_of
+from app.client.pending import Pending
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -77,7 +78,7 @@ class Client:
             ValueError: an array has another shape or type, a parameter is out of range.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        (result,) = self._run(self._client._carry_out(exchange([Picture(0, filename_of(image), encode(image))], wanted)))
+        (result,) = self._run(self._client._carry_out, exchange([Picture(0, filename_of(image), encode(image))], wanted))
         if isinstance(result, ClientError):
             raise result
         return result
@@ -119,15 +120,15 @@ class Client:
     def _stream(
         self, images: Iterable[ImageInput], wanted: Wanted, on_progress: Callable[[int], None]
     ) -> Iterator[Prediction | ClassificationError]:
-        in_flight: deque[tuple[Batch, Future[Results]]] = deque()
+        in_flight: deque[tuple[Batch, Pending[Results]]] = deque()
         under_way = asyncio.Semaphore(self._concurrency)
         failure: Exception | None = None
         done = 0
 
         def oldest() -> list[Prediction | ClassificationError]:
             nonlocal done
-            batch, future = in_flight[0]
-            results = batch.merge(self._wait(future))
+            batch, pending = in_flight[0]
+            results = batch.merge(self._wait(pending))
             in_flight.popleft()
             done += len(results)
             on_progress(done)
@@ -143,7 +144,7 @@ class Client:
                     break
                 if not batch:
                     break
-                in_flight.append((batch, self._submit(self._client._classify_batch(batch, wanted, under_way))))
+                in_flight.append((batch, self._submit(self._client._classify_batch, batch, wanted, under_way)))
                 # as many wait as are under way: there is work while the caller looks at results
                 while in_flight and (in_flight[0][1].done() or len(in_flight) >= 2 * self._concurrency):
                     yield from oldest()
@@ -152,26 +153,25 @@ class Client:
             if failure:
                 raise failure
         finally:
-            for _, future in in_flight:
-                future.cancel()
+            for _, pending in in_flight:
+                pending.cancel()
 
-    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    def _submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
         with self._closing:  # or one that is submitted meanwhile would wait for a loop that has stopped
             if self._closed:
-                coroutine.close()
                 raise Unreachable("the client was closed")
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            return Pending(self._loop, function, *args, **kwargs)
 
-    def _wait(self, future: Future[T]) -> T:
+    def _wait(self, pending: Pending[T]) -> T:
         try:
-            return future.result()
-        except CancelledError:
+            return pending.result()
+        except asyncio.CancelledError:
             raise Unreachable("the client was closed") from None
         finally:
-            future.cancel()  # if a signal, such as Ctrl-C, ended the wait
+            pending.cancel()  # if a signal, such as Ctrl-C, ended the wait
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._wait(self._submit(coroutine))
+    def _run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._wait(self._submit(function, *args, **kwargs))
 
     def health(self) -> Health:
         """What the probes say, now; never tried again.
@@ -181,7 +181,7 @@ class Client:
             Overloaded: a proxy has no process to ask.
             RequestFailed: this is not the service.
         """
-        return self._run(self._client.health())
+        return self._run(self._client.health)
 
     def model(self) -> Model:
         """What is served, and how.
@@ -190,7 +190,7 @@ class Client:
             Unreachable: no answer.
             RequestFailed: this is not the service.
         """
-        return self._run(self._client.model())
+        return self._run(self._client.model)
 
     def close(self) -> None:
         """Ends what is under way, without further tries, and closes the connections."""
@@ -207,7 +207,7 @@ class Client:
             if self._closed:
                 return
             self._closed = True
-            ended = asyncio.run_coroutine_threadsafe(end(), self._loop)
+            ended = Pending(self._loop, end)
         ended.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

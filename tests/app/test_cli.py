@@ -289,16 +289,19 @@ def test_ctrl_c_ends_it_with_whole_rows(samples, server, base_url, tmp_path):
     endless = tmp_path / "list"
     endless.write_text("".join(f"{sample.path}\n" for sample in samples) * 500)
     options = ["--url", base_url] if server else []
-    process = subprocess.Popen(
+    with subprocess.Popen(
         ["env", "--default-signal=INT", *command("classify", "--files-from", endless, *options)],  # ignored in a background job
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
         env=environment(),
-    )
-    begin = process.stdout.read(2000)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    ) as process:
+        begin = process.stdout.read(2000)
+        process.send_signal(signal.SIGINT)
+        try:
+            rest, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert b"Traceback" not in errors
     rows = list(csv.reader(io.StringIO((begin + rest).decode())))

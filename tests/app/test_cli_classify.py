@@ -1,7 +1,9 @@
-"""What `convmixer classify` does when its engine fails; the rest is tested with the command (test_cli.py)."""
+"""What `convmixer classify` does when its engine fails or a signal comes; the rest is tested with the command (test_cli.py)."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -9,11 +11,18 @@ from collections.abc import Iterator
 import pytest
 
 from app.cli_classify import classify_here
+from app.cli_interrupt import Interruption
 from app.errors import StartupError
 from app.service import Service
 from app.settings import Settings
 
 GIVE_UP_S = 30
+
+
+@pytest.fixture
+def interruption() -> Iterator[Interruption]:
+    with Interruption() as interruption:
+        yield interruption
 
 
 @pytest.fixture
@@ -23,16 +32,16 @@ def service() -> Iterator[Service]:
     service.close()
 
 
-def test_a_model_that_fails_on_everything_ends_it(service, samples, monkeypatch):
+def test_a_model_that_fails_on_everything_ends_it(service, samples, interruption, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(service.session, "infer", broken)
     with pytest.raises(StartupError, match=r"^the model failed on the last \d+ images; the rows so far are written$"):
-        list(classify_here(service, (str(sample.path) for sample in samples), 1))
+        list(classify_here(service, (str(sample.path) for sample in samples), 1, interruption))
 
 
-def test_an_engine_that_hangs_ends_it_soon(service, samples, monkeypatch):
+def test_an_engine_that_hangs_ends_it_soon(service, samples, interruption, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr("app.cli_classify._LOOK_S", 0.05)
     monkeypatch.setattr(service.scheduler, "hang_timeout_s", 0.1)
@@ -44,8 +53,54 @@ def test_an_engine_that_hangs_ends_it_soon(service, samples, monkeypatch):
 
     monkeypatch.setattr(service.session, "infer", hang)
     with pytest.raises(StartupError, match="a worker has been busy with one image or batch"):
-        list(classify_here(service, [str(samples[0].path)], 1))
+        list(classify_here(service, [str(samples[0].path)], 1, interruption))
     begin = time.monotonic()
     service.close()
     assert time.monotonic() - begin < service.settings.drain_timeout_s / 2
     go_on.set()
+
+
+ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+
+
+@pytest.mark.parametrize(("signum", "end"), ENDS)
+def test_a_signal_ends_the_wait_for_the_next_file(service, samples, interruption, signum, end):
+    def files() -> Iterator[str]:
+        yield str(samples[0].path)
+        os.kill(os.getpid(), signum)
+        pytest.fail("it went on")
+
+    with pytest.raises(end):
+        list(classify_here(service, files(), 1, interruption))
+
+
+@pytest.mark.parametrize(("signum", "end"), ENDS)
+def test_a_signal_that_comes_elsewhere_is_not_lost_and_raises_nothing_there(interruption, signum, end):
+    """In a finalizer Python would drop what is raised."""
+    harmed: list[BaseException] = []
+
+    class Finalized:
+        def __del__(self) -> None:
+            try:
+                os.kill(os.getpid(), signum)
+            except BaseException as error:
+                harmed.append(error)
+
+    turns = interruption.during(range(10))
+    next(turns)
+    Finalized()
+    with pytest.raises(end):
+        next(turns)
+    assert not harmed
+
+
+def test_an_ignored_signal_stays_ignored_and_the_handlers_come_back():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with Interruption() as interruption:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+            assert list(interruption.during(range(3))) == [0, 1, 2]
+        assert signal.getsignal(signal.SIGTERM) is before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])

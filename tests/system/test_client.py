@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import gc
 import itertools
 import json
 import re
 import subprocess
 import sys
+import threading
 from contextlib import aclosing, closing
 from pathlib import Path
+from types import FrameType
 
 import httpx
 import numpy as np
@@ -24,6 +27,8 @@ from app.engine.artifact import read_verified
 from app.engine.session import Session
 from app.images import DecodeLimits, decode_image
 from tests.server import ServerProcess
+
+GIVE_UP_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,40 @@ def test_a_generator_without_end_is_read_as_answers_are(base_url, samples):
         with closing(stream):
             assert [result.index for result in itertools.islice(stream, 10)] == list(range(10))
         assert next(taken) <= 10 + 4 * 2 * 2
+
+
+def test_ctrl_c_at_any_call_leaves_a_client_that_can_be_closed(base_url, samples):
+    """At every call of a Python function, and every return from one, in turn: there Python calls a signal's handler, too."""
+    images = [sample.data for sample in samples[:2]]
+
+    def interrupted_at(moment: int) -> bool:
+        events = itertools.count()
+
+        def trace(frame: FrameType, event: str, _: object):
+            if event in {"call", "return"} and next(events) == moment:
+                raise KeyboardInterrupt
+            return trace
+
+        client = Client(base_url, batch_size=1, concurrency=1)
+        client.model()  # connected: asyncio warns of sockets whose opening is cancelled
+        before = sys.gettrace()
+        gc.disable()  # Python drops what is raised in the finalizers that a collection calls
+        try:
+            sys.settrace(trace)
+            interrupted = len(list(client.classify_many(images))) != len(images)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+            gc.enable()
+        closing = threading.Thread(target=client.close, daemon=True)
+        closing.start()
+        closing.join(GIVE_UP_S)
+        assert not closing.is_alive(), moment
+        return interrupted
+
+    moments = next(moment for moment in itertools.count() if not interrupted_at(moment))
+    assert moments > 50
 
 
 def test_health_and_model(service):
