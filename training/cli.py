@@ -274,7 +274,10 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:
-        typer.echo(str(stopped), err=True)
+        from training.distributed import leads
+
+        if leads():
+            typer.echo(str(stopped), err=True)
         raise SystemExit(128 + (stopped.signal_number or signal.SIGTERM)) from stopped
     except (TrainingError, CheckpointError, ExportError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)

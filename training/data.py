@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
@@ -137,9 +138,13 @@ def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, frac
 
 def _load_cifar10(root: Path, split: str, image_size: int, resample: str) -> ImageSet:
     try:
-        source = CIFAR10(str(root), train=split == "train", download=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".lock"):  # torchrun's processes come at once
+            source = CIFAR10(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"CIFAR-10 could not be downloaded to {root}: {error}. Give a folder with --data.") from error
+        raise DataError(
+            f"CIFAR-10 could not be downloaded to {root}: {str(error).rstrip('.')}. Give a folder with --data."
+        ) from error
     labels, classes = torch.tensor(source.targets), list(source.classes)
     native = ImageSet(torch.from_numpy(source.data).permute(0, 3, 1, 2), labels, classes)
     pixels, side = source.data, source.data.shape[1]

@@ -74,7 +74,7 @@ class Group:
             for module in model.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.__class__ = _GlobalBatchNorm2d
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
 
 
 def leads() -> bool:

@@ -7,7 +7,10 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +434,31 @@ def test_torchvisions_cifar10_is_brought_to_size_as_a_folder_is(photos: ImageSet
     assert train.enlarged_from == folder.enlarged_from == 32
     assert train.source_sha256 == load_images(None, "train", 32).source_sha256 != load_images(None, "test", 32).source_sha256
     assert load_images(CIFAR10, "train", 32).enlarged_from is None
+
+
+@pytest.mark.usefixtures("torchvision_copy")
+def test_processes_that_come_at_once_download_it_once(tmp_path: Path, photos: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tmp_path / "data" / "torchvision"
+    archive = Path(shutil.make_archive(str(tmp_path / "cifar"), "gztar", stored))
+    shutil.rmtree(stored)
+    requests: list[str] = []
+
+    class Source(SimpleHTTPRequestHandler):
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            requests.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Source) as server, ThreadPoolExecutor(4) as pool:  # serves the working folder
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        digest = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+        monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", digest)
+        load_images(None, "train", 32)
+        of_one = len(requests)
+        shutil.rmtree(stored)
+        sets = list(pool.map(lambda _: load_images(None, "train", 32), range(3)))
+        server.shutdown()
+    assert all(torch.equal(found.images, photos.images[::2]) for found in sets)
+    assert len(requests) == 2 * of_one
 
 
 def test_a_download_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

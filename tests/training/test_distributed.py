@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,3 +68,27 @@ def test_two_processes_train_the_model_of_one(folder_of: Callable[..., Path], tm
         )
     losses = [[row["train_loss"] for row in c.description["training"]["history"]] for c in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_sigterm_to_torchrun_saves_what_is_continued(folder_of: Callable[..., Path], tmp_path: Path, repository: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [
+        sys.executable,
+        *torchrun,
+        *RUN,
+        "--data",
+        str(folder_of("cat", "frog", "horse")),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": ""}
+    with subprocess.Popen(
+        [*command, "--set=epochs=100000"], cwd=repository, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        said = "".join(itertools.takewhile(lambda line: not line.startswith("epoch   2 "), process.stderr))
+        process.terminate()  # torchrun tells its processes, and fails
+        said += process.communicate(timeout=120)[1]
+    stops = re.findall(r"stopped at step (\d+) by a signal; continue with --resume", said)
+    assert len(stops) == 1, said
+    assert load_checkpoint(tmp_path / "run" / "last.safetensors").description["step"] == int(stops[0])
