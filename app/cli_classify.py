@@ -125,20 +125,33 @@ def classify_here(service: Service, files: Iterable[str], top_k: int, interrupti
     Raises:
         StartupError: the engine has failed, and would on all that is left.
     """
+    from app.schemas import item_error
+    from app.verdict import judge
+
     scheduler, settings = service.scheduler, service.settings
     window = min(max(_WINDOW, 2 * scheduler.workers * scheduler.max_batch), settings.max_queue)
     in_flight: deque[tuple[int, str, int, Future[Outcome] | ServiceError]] = deque()
     held_bytes = 0
+
+    def oldest() -> Row:
+        nonlocal held_bytes
+        index, path, size, pending = in_flight.popleft()
+        held_bytes -= size
+        try:
+            outcome = _wait(service, pending, interruption)
+        except ServiceError as error:
+            return dict(item_error(index, path, error))
+        return dict(judge(outcome, service.metadata, index=index, filename=path, top_k=top_k))
+
     contents = ((path, _read(path, settings.max_body_bytes)) for path in files)
     for index, (path, data) in enumerate(interruption.during(contents)):
         size = len(data) if isinstance(data, bytes) else 0
         while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
-            held_bytes -= in_flight[0][2]
-            yield _row(service, *in_flight.popleft(), top_k=top_k, interruption=interruption)
+            yield oldest()
         held_bytes += size
         in_flight.append((index, path, size, scheduler.submit([data])[0] if isinstance(data, bytes) else data))
     while in_flight:
-        yield _row(service, *in_flight.popleft(), top_k=top_k, interruption=interruption)
+        yield oldest()
 
 
 def classify_there(client: Client, files: Iterable[str], top_k: int, interruption: Interruption) -> Generator[Row, None, None]:
@@ -179,32 +192,18 @@ def _read(path: str, max_bytes: int) -> bytes | ServiceError:
         return UndecodableImage(f"cannot be read: {error}")
 
 
-def _row(
-    service: Service,
-    index: int,
-    path: str,
-    _: int,
-    pending: Future[Outcome] | ServiceError,
-    *,
-    top_k: int,
-    interruption: Interruption,
-) -> Row:
-    from app.schemas import item_error
-    from app.verdict import judge
-
-    try:
-        if isinstance(pending, ServiceError):
-            raise pending
-        while not wait([pending], _LOOK_S).done:
-            interruption.check()
-            _raise_if_failed(service)
+def _wait(service: Service, pending: Future[Outcome] | ServiceError, interruption: Interruption) -> Outcome:
+    if isinstance(pending, ServiceError):
+        raise pending
+    while not wait([pending], _LOOK_S).done:
         interruption.check()
-        outcome = pending.result()
-    except ServiceError as error:
-        if isinstance(error, InferenceFailed):
-            _raise_if_failed(service)
-        return dict(item_error(index, path, error))
-    return dict(judge(outcome, service.metadata, index=index, filename=path, top_k=top_k))
+        _raise_if_failed(service)
+    interruption.check()
+    try:
+        return pending.result()
+    except InferenceFailed:
+        _raise_if_failed(service)
+        raise
 
 
 def _raise_if_failed(service: Service) -> None:
