@@ -42,8 +42,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp"}
 _WINDOW = 64
 """Images in flight at least: enough to keep every core busy, few enough to keep memory flat."""
 
-_LOOK_S = 5.0
-"""While an answer is awaited, so often is asked whether the engine is alive."""
+_LOOK_S = 0.5
+"""While an answer is awaited, so often is asked whether the engine is alive and whether a signal came."""
 
 _ROWS_PER_GROUP = 4096
 """Rows that a Parquet file is written in."""
@@ -120,7 +120,7 @@ def classify_here(service: Service, files: Iterable[str], top_k: int, interrupti
         service: the running engine.
         files: paths.
         top_k: classes in a row.
-        interruption: ends the wait for files and for the engine.
+        interruption: whose signals leave the engine's locks alone.
 
     Raises:
         StartupError: the engine has failed, and would on all that is left.
@@ -143,15 +143,23 @@ def classify_here(service: Service, files: Iterable[str], top_k: int, interrupti
             return dict(item_error(index, path, error))
         return dict(judge(outcome, service.metadata, index=index, filename=path, top_k=top_k))
 
-    contents = ((path, _read(path, settings.max_body_bytes)) for path in files)
-    for index, (path, data) in enumerate(interruption.during(contents)):
-        size = len(data) if isinstance(data, bytes) else 0
-        while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
+    try:
+        for index, path in enumerate(files):
+            data = _read(path, settings.max_body_bytes)
+            size = len(data) if isinstance(data, bytes) else 0
+            while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
+                yield oldest()
+            held_bytes += size
+            with interruption.postponed():
+                in_flight.append((index, path, size, scheduler.submit([data])[0] if isinstance(data, bytes) else data))
+        while in_flight:
             yield oldest()
-        held_bytes += size
-        in_flight.append((index, path, size, scheduler.submit([data])[0] if isinstance(data, bytes) else data))
-    while in_flight:
-        yield oldest()
+    finally:
+        if in_flight:  # nobody is left to be told
+            service.drain_by = time.monotonic()
+            for *_, pending in in_flight:
+                if isinstance(pending, Future):
+                    pending.cancel()
 
 
 def classify_there(client: Client, files: Iterable[str], top_k: int, interruption: Interruption) -> Generator[Row, None, None]:
@@ -161,12 +169,13 @@ def classify_there(client: Client, files: Iterable[str], top_k: int, interruptio
         client: of that server.
         files: paths.
         top_k: classes in a row.
-        interruption: ends the wait for files and for the server.
+        interruption: whose signals are not lost.
     """
     from app.client import Prediction
 
     images = (sys.stdin.buffer.read() if path == STDIN else path for path in files)
-    for result in interruption.during(client.classify_many(images, top_k=top_k)):
+    for result in client.classify_many(images, top_k=top_k):
+        interruption.check()
         name = {"index": result.index, "filename": result.filename or STDIN}
         if isinstance(result, Prediction):
             row = result.to_dict() | name
@@ -195,12 +204,15 @@ def _read(path: str, max_bytes: int) -> bytes | ServiceError:
 def _wait(service: Service, pending: Future[Outcome] | ServiceError, interruption: Interruption) -> Outcome:
     if isinstance(pending, ServiceError):
         raise pending
-    while not wait([pending], _LOOK_S).done:
-        interruption.check()
-        _raise_if_failed(service)
-    interruption.check()
+    is_done = False
+    while not is_done:
+        with interruption.postponed():
+            is_done = bool(wait([pending], _LOOK_S).done)
+        if not is_done:
+            _raise_if_failed(service)
     try:
-        return pending.result()
+        with interruption.postponed():
+            return pending.result()
     except InferenceFailed:
         _raise_if_failed(service)
         raise

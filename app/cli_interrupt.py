@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-T = TypeVar("T")
+_AGAIN_S = 1.0
+"""From then on a further signal is meant: a wrapper may pass on at once what the terminal has sent to both."""
 
 
 class Interruption:
-    """Ends a loop where that does no harm, and at its next turn at the latest.
+    """Signals end a loop wherever they find it, but not where that would do harm, and are not lost.
 
-    A handler that raises wherever the signal finds the main thread may leave a lock taken that another thread waits for, or be
-    called in a finalizer, where Python drops what is raised. So from the loop's begin on it raises only while `during` waits, and
-    is remembered for `check`. A signal that is ignored, as Ctrl-C is in a shell's background job, stays so.
+    A handler that raises may leave a lock taken that another thread waits for (not in `app.client`, which is made for that), or
+    be called in a finalizer, where Python drops what is raised. So it raises nothing in what is `postponed`, and is remembered
+    for `check`. Another one, after a second, raises wherever it comes: what waits for a lock, or for a reader of the output, is
+    given up. A signal that is ignored, as Ctrl-C is in a shell's background job, stays so.
     """
 
     def __init__(self) -> None:
         self._signum: int | None = None
-        self._waiting = True  # nothing is under way yet
+        self._first_came = 0.0
+        self._postponed = False
         taken = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
         self._before = {signum: signal.signal(signum, self._handle) for signum in taken}
 
@@ -32,8 +37,12 @@ class Interruption:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
-        self._signum = signum
-        if self._waiting:
+        now = time.monotonic()
+        if self._signum is None:
+            self._signum, self._first_came = signum, now
+            if not self._postponed:
+                self.check()
+        elif now - self._first_came > _AGAIN_S:
             self.check()
 
     def check(self) -> None:
@@ -48,20 +57,12 @@ class Interruption:
         if self._signum:
             raise SystemExit(128 + self._signum)
 
-    def during(self, items: Iterable[T]) -> Generator[T]:
-        """The same items; a signal ends the wait for the next.
-
-        Args:
-            items: must take no lock that another thread needs, or take it as `app.client` does.
-        """
-        iterator = iter(items)
-        while True:
-            try:
-                self._waiting = True
-                self.check()
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._waiting = False
-            yield item
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """The first signal that comes within raises at its end."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+        self.check()

@@ -276,6 +276,21 @@ def test_sigterm_loses_no_row_that_was_made(form, samples, tmp_path):
     assert files == paths[: len(files)]
 
 
+@pytest.mark.parametrize("server", [False, True])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_reader_that_does_not_read_holds_up_no_signal(samples, server, signum, base_url):
+    paths = [str(sample.path) for sample in samples] * 5
+    arguments = command("classify", *paths, "--json", "--top-k=10", *(["--url", base_url] if server else []))
+    with subprocess.Popen(["env", "--default-signal=INT", *arguments], stdout=subprocess.PIPE, env=environment()) as process:
+        while Path(f"/proc/{process.pid}/wchan").read_text() not in {"pipe_write", "anon_pipe_write"}:
+            assert process.poll() is None, "it did not fill the pipe"
+        process.send_signal(signum)
+        try:
+            assert process.wait(60) == 128 + signum
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("form", ["csv", "parquet", "json"])
 def test_a_full_disk_is_one_line(form, samples):
     path = "/dev/full"
