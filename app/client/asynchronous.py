@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+import threading
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, suppress
 from contextvars import copy_context
+from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias, cast
 
 import httpx
 
@@ -20,7 +22,7 @@ from app.client.exchange import (
     DEADLINE_S,
     NO_LIMITS,
     PROBE_TIMEOUT_S,
-    Exchange,
+    Contact,
     Pause,
     Reply,
     Results,
@@ -33,8 +35,11 @@ from app.client.exchange import (
     read_health,
     read_model,
     reason_of,
+    shown,
 )
-from app.client.images import Batch, ImageInput, Picture, encode, filename_of, load
+from app.client.images import Batch, ImageInput, Picture, check_several, encode, filename_of, load
+
+Answer: TypeAlias = "asyncio.Future[Picture | ClassificationError | None]"
 
 
 class AsyncClient:
@@ -65,6 +70,7 @@ class AsyncClient:
         self._deadline_s = check_deadline(deadline_s)
         self._batch_size, self._concurrency = check_count("batch_size", batch_size), check_count("concurrency", concurrency)
         self._http = httpx.AsyncClient(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
+        self._contact = Contact()
 
     async def classify(
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
@@ -72,7 +78,7 @@ class AsyncClient:
         """Classifies one image; arguments and failures as those of `Client.classify`."""
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         data = await asyncio.to_thread(encode, image)
-        (result,) = await self._carry_out(exchange([Picture(0, filename_of(image), data)], wanted))
+        (result,) = await self._classify([Picture(0, filename_of(image), data)], wanted)
         if isinstance(result, ClientError):
             raise result
         return result
@@ -91,6 +97,7 @@ class AsyncClient:
         `images` is iterated in a task of its own, so answers are given on while it is waited for; in a thread of its own if it is
         a plain iterable other than a list or tuple. There its last `next` may still wait when the answers are left.
         """
+        check_several(images)
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         return self._stream(images, wanted, on_progress or (lambda done: None))
 
@@ -142,15 +149,16 @@ class AsyncClient:
         """
         pictures = batch.pictures()
         async with under_way:
-            return await self._carry_out(exchange(pictures, wanted)) if pictures else []
+            return await self._classify(pictures, wanted) if pictures else []
 
-    async def _carry_out(self, steps: Exchange) -> Results:
-        """Does what an exchange asks for, within its times.
+    async def _classify(self, pictures: list[Picture], wanted: Wanted) -> Results:
+        """Does what an `exchange` asks for, within its times.
 
         Args:
-            steps: an `exchange`.
+            pictures: at least one.
+            wanted: parameters.
         """
-        reply: Reply = None
+        steps, reply = exchange(pictures, wanted, self._contact), cast("Reply", None)
         while True:
             try:
                 step = steps.send(reply)
@@ -160,6 +168,7 @@ class AsyncClient:
                 reply = None
                 await asyncio.sleep(step.seconds)
                 continue
+            self._check_open()
             try:
                 # httpx counts anew for the connection, for sending and for every piece that comes
                 async with asyncio.timeout(step.timeout_s):
@@ -180,10 +189,15 @@ class AsyncClient:
         return read_model(await self._get("model"))
 
     async def _get(self, path: str) -> httpx.Response:
+        self._check_open()
         try:
             return await self._http.get(path, timeout=PROBE_TIMEOUT_S)
         except httpx.RequestError as error:
-            raise Unreachable(f"no answer from {self._http.base_url}: {reason_of(error)}") from error
+            raise Unreachable(f"no answer from {shown(self._http.base_url)}: {reason_of(error)}") from error
+
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise Unreachable("the client was closed")
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -226,18 +240,54 @@ async def _entries(
         for index, image in enumerate(images):
             yield await _load(index, image)
     else:  # the next may be long in coming (a camera, a queue): the loop goes on meanwhile
-        context, entries = copy_context(), map(load, itertools.count(), images)
-
-        def take() -> Picture | ClassificationError | None:
-            return next(entries, None)
-
-        # of its own: a few that wait would take all threads of the loop, and what a generator has opened may be bound to one
-        thread = ThreadPoolExecutor(1, "convmixer-source")
+        source = _Source(map(load, itertools.count(), images))
         try:
-            while entry := await asyncio.get_running_loop().run_in_executor(thread, context.run, take):
+            while entry := await source.take():
                 yield entry
         finally:
-            thread.shutdown(wait=False, cancel_futures=True)  # whoever leaves need not wait for one more image
+            source.leave()
+
+
+class _Source:
+    """A plain iterator in a thread of its own.
+
+    Of its own, since a few that wait would take all threads of the loop, and what a generator has opened may be bound to one. A
+    daemon, since whoever leaves, or ends the program, need not wait for one more image: Python joins the others at its end, also
+    those of a ThreadPoolExecutor.
+
+    Args:
+        entries: none of them false.
+    """
+
+    def __init__(self, entries: Iterator[Picture | ClassificationError]) -> None:
+        self._entries, self._loop = entries, asyncio.get_running_loop()
+        self._asked: SimpleQueue[Answer | None] = SimpleQueue()
+        context = copy_context()
+        threading.Thread(target=context.run, args=[self._work], name="convmixer-source", daemon=True).start()
+
+    async def take(self) -> Picture | ClassificationError | None:
+        """The next; None if there is none."""
+        answer: Answer = self._loop.create_future()
+        self._asked.put(answer)
+        return await answer
+
+    def leave(self) -> None:
+        """Ends the thread, when the iterator lets it."""
+        self._asked.put(None)
+
+    def _work(self) -> None:
+        while answer := self._asked.get():
+            try:
+                give = partial(answer.set_result, next(self._entries, None))
+            except BaseException as error:  # a generator may raise anything
+                give = partial(answer.set_exception, error)
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(_give, answer, give)
+
+
+def _give(answer: Answer, give: Callable[[], None]) -> None:
+    if not answer.done():  # whoever asked may have left
+        give()
 
 
 async def _load(index: int, image: ImageInput) -> Picture | ClassificationError:

@@ -8,7 +8,9 @@ cores, server included) and many images none of their rate (75 µs of the client
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
@@ -16,8 +18,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
 from app.client.asynchronous import AsyncClient
-from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_count, check_deadline, exchange
-from app.client.images import Batch, ImageInput, Picture, batches, encode, filename_of
+from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_count, check_deadline
+from app.client.images import Batch, ImageInput, Picture, batches, check_several, encode, filename_of
 from app.client.pending import Pending
 
 P = ParamSpec("P")
@@ -51,10 +53,13 @@ class Client:
         self._batch_size, self._concurrency = check_count("batch_size", batch_size), check_count("concurrency", concurrency)
         self._client = AsyncClient(url, api_key=api_key)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="convmixer-client", daemon=True)
+        self._thread = threading.Thread(target=_run_loop, args=[self._loop], name="convmixer-client", daemon=True)
         self._thread.start()
         self._closing = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
+        self._at_collection = weakref.finalize(self, _abandon, self._loop, self._client, self._process)
+        self._at_collection.atexit = False
 
     def classify(
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
@@ -78,7 +83,7 @@ class Client:
             ValueError: an array has another shape or type, a parameter is out of range.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        (result,) = self._run(self._client._carry_out, exchange([Picture(0, filename_of(image), encode(image))], wanted))
+        (result,) = self._run(self._client._classify, [Picture(0, filename_of(image), encode(image))], wanted)
         if isinstance(result, ClientError):
             raise result
         return result
@@ -111,9 +116,10 @@ class Client:
             Unreachable: the service gave no answer for a whole deadline. (While iterating, as all below. What `images` raises
                 comes after the results of all images before it.)
             RequestFailed: what would fail every image: a wrong key or parameter, or this is not the service.
-            TypeError: one of `images` is no image at all.
-            ValueError: a parameter is out of range.
+            TypeError: `images` is one image (at once), or one of them is no image at all.
+            ValueError: a parameter is out of range (at once).
         """
+        check_several(images)
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         return self._stream(images, wanted, on_progress or (lambda done: None))
 
@@ -157,6 +163,8 @@ class Client:
                 pending.cancel()
 
     def _submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
+        if self._process != os.getpid():
+            raise Unreachable("the client was made before this process was forked; make one here")
         with self._closing:  # or one that is submitted meanwhile would wait for a loop that has stopped
             if self._closed:
                 raise Unreachable("the client was closed")
@@ -194,27 +202,47 @@ class Client:
 
     def close(self) -> None:
         """Ends what is under way, without further tries, and closes the connections."""
-
-        async def end() -> None:
-            pending = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-            await self._client.aclose()
-            await self._loop.shutdown_asyncgens()  # httpx leaves some behind that read a damaged body
-
+        if self._process != os.getpid():  # they are the parent's
+            return
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-            ended = Pending(self._loop, end)
+            ended = Pending(self._loop, _end, self._client)
+        self._at_collection.detach()
         ended.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+async def _end(client: AsyncClient) -> None:
+    pending = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    await client.aclose()
+    await asyncio.get_running_loop().shutdown_asyncgens()  # httpx leaves some behind that read a damaged body
+
+
+def _abandon(loop: asyncio.AbstractEventLoop, client: AsyncClient, process: int) -> None:
+    """Ends the thread of a client that nobody has closed; may be called in any thread, so it waits for nothing."""
+
+    async def end() -> None:
+        await _end(client)
+        loop.stop()
+
+    if process == os.getpid():
+        Pending(loop, end)

@@ -11,10 +11,12 @@ fastest, several as a form.
 from __future__ import annotations
 
 import email.utils
+import math
 import os
 import random
+import ssl
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeAlias
@@ -70,8 +72,6 @@ _KINDS: dict[int, type[RequestFailed]] = {
     HTTPStatus.GATEWAY_TIMEOUT: DeadlineExceeded,
 }
 _PROBE_WORDS = ("ok", "unavailable")
-_MISTAKES = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
-"""Of the request itself, which is no better the next time."""
 
 _PART = b'--%b\r\nContent-Disposition: form-data; name="images"; filename="image"\r\n\r\n'
 
@@ -113,52 +113,68 @@ class Pause:
     seconds: float
 
 
+@dataclass
+class Contact:
+    """What the requests of one client know of each other.
+
+    Attributes:
+        answered: time.monotonic() of the last answer that was the service's or a proxy's, whatever it said.
+    """
+
+    answered: float = -math.inf
+
+
 Reply: TypeAlias = httpx.Response | httpx.RequestError | None
 Results: TypeAlias = list[Prediction | ClientError]
 Exchange: TypeAlias = Generator[Send | Pause, Reply, Results]
 
 
 def exchange(
-    pictures: list[Picture], wanted: Wanted, end: float | None = None, refusals: int = 0, *, answered: bool = False
+    pictures: list[Picture], wanted: Wanted, contact: Contact, begun: float | None = None, refusals: int = 0
 ) -> Exchange:
     """Classifies the images of one batch, again and in halves if need be, until the deadline.
 
     Args:
         pictures: at least one.
         wanted: parameters.
-        end: time.monotonic() of the deadline; None: `wanted.deadline_s` from the first request.
+        contact: of the client.
+        begun: time.monotonic() from which the deadline counts; None: the first request.
         refusals: attempts that failed already.
-        answered: whether one of them had an answer.
 
     Returns:
         A prediction or a failure for each image, in order.
 
     Raises:
-        Unreachable: no answer at all before the deadline.
+        Unreachable: no answer at all before the deadline, to other requests of the client neither.
         RequestFailed: what would fail every other image too: a wrong key or parameter, or this is not the service.
     """
-    end = time.monotonic() + wanted.deadline_s if end is None else end
+    begun = time.monotonic() if begun is None else begun
+    end = begun + wanted.deadline_s
     while True:
         reply = yield _request(pictures, wanted, end - time.monotonic())
         outcome = _read(reply, pictures)
+        if not isinstance(outcome, Unreachable):
+            contact.answered = time.monotonic()
         if not isinstance(outcome, ClientError):
             return outcome
-        answered = answered or isinstance(outcome, RequestFailed)
+        others_fare_better = contact.answered >= begun
         too_large = isinstance(outcome, RequestFailed) and outcome.status in _TOO_LARGE and len(pictures) > 1
-        lost = isinstance(outcome, Unreachable) and not isinstance(reply, _MISTAKES)
+        lost = isinstance(outcome, Unreachable) and not _is_for_good(reply)
         if lost or (isinstance(outcome, RequestFailed) and outcome.status in _RETRIED):
             pause_s = _pause_s(refusals, outcome)
             if time.monotonic() + pause_s >= end:
-                return _give_up(outcome, pictures, answered)
+                return _give_up(outcome, pictures, others_fare_better)
             refusals += 1
             yield Pause(pause_s)
         elif not too_large:
-            return _give_up(outcome, pictures, answered)
-        if len(pictures) > 1 and (too_large or isinstance(outcome, Overloaded)):
-            # what does not fit as a whole may fit in halves: into a body limit, into the time for a body, into a queue
+            return _give_up(outcome, pictures, others_fare_better)
+        guilty_among = lost and others_fare_better and refusals > 1
+        if len(pictures) > 1 and (too_large or guilty_among or isinstance(outcome, Overloaded)):
+            # what does not fit as a whole may fit in halves: into a body limit, into the time for a body, into a queue; and one
+            # that breaks the connection takes no others with it
             middle = len(pictures) // 2
-            first = yield from exchange(pictures[:middle], wanted, end, refusals, answered=answered)
-            return first + (yield from exchange(pictures[middle:], wanted, end, refusals, answered=answered))
+            first = yield from exchange(pictures[:middle], wanted, contact, begun, refusals)
+            return first + (yield from exchange(pictures[middle:], wanted, contact, begun, refusals))
 
 
 def check_url(url: str) -> str:
@@ -171,12 +187,13 @@ def check_url(url: str) -> str:
         ValueError: no http or https address.
     """
     example = "it begins with http:// or https://, e.g. http://127.0.0.1:8000"
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is no address; {example}")
     try:
-        port = httpx.URL(url).port
+        parsed = httpx.URL(url)
+        port = parsed.port
     except httpx.InvalidURL as error:
         raise ValueError(f"{url!r} is no address: {error}; {example}") from error
+    if parsed.scheme not in {"http", "https"} or not parsed.host:
+        raise ValueError(f"{url!r} is no address; {example}")
     if port is not None and not 1 <= port <= _MAX_PORT:
         raise ValueError(f"{url!r} is no address: there is no port {port}; {example}")
     return url
@@ -233,13 +250,37 @@ def reason_of(error: httpx.RequestError | None) -> str:
     """
     if isinstance(error, httpx.LocalProtocolError):
         return "HTTP does not allow such a request"  # which one it says itself, with what may be secret
-    cause: BaseException | None = error
-    while cause := cause and (cause.__cause__ or cause.__context__):
-        if isinstance(cause, BaseExceptionGroup):  # of one error an address
-            cause = cause.exceptions[0]
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError):  # an OSError, but its numbers are OpenSSL's
+            why = getattr(cause, "verify_message", None) or (cause.reason or str(cause)).replace("_", " ").lower()
+            return f"TLS failed: {why}"
         if isinstance(cause, OSError) and cause.errno and cause.errno > 0:  # those of looking a name up are negative
             return os.strerror(cause.errno)
     return str(error) or type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    cause = error
+    while cause := cause and (cause.__cause__ or cause.__context__):
+        if isinstance(cause, BaseExceptionGroup):  # of one error an address
+            cause = cause.exceptions[0]
+        yield cause
+
+
+def _is_for_good(reply: Reply) -> bool:
+    """Whether it is no better the next time: the request itself is wrong, or the server is not who it should be."""
+    return isinstance(reply, httpx.LocalProtocolError | httpx.UnsupportedProtocol) or any(
+        isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(reply if isinstance(reply, Exception) else None)
+    )
+
+
+def shown(url: httpx.URL) -> str:
+    """An address without the password that may stand in it.
+
+    Args:
+        url: any.
+    """
+    return str(url.copy_with(userinfo=b""))
 
 
 def read_health(livez: httpx.Response, readyz: httpx.Response) -> Health:
@@ -321,7 +362,7 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
 
 
 def _stranger(response: httpx.Response) -> RequestFailed:
-    detail = f"{response.url} gave an answer that is not convmixer-serve's; is the address right?"
+    detail = f"{shown(response.url)} gave an answer that is not convmixer-serve's; is the address right?"
     return RequestFailed(response.status_code, "unexpected_answer", detail)
 
 
@@ -332,7 +373,7 @@ def _failure(response: httpx.Response, problem: dict[str, Any]) -> RequestFailed
     except ValueError:
         phrase = "unknown status"
     code = str(problem.get("code") or phrase.lower().replace(" ", "_"))
-    detail = str(problem.get("detail") or f"{response.url} answered {status} {phrase}")
+    detail = str(problem.get("detail") or f"{shown(response.url)} answered {status} {phrase}")
     kind = ImageRejected if code in _REJECTIONS else _KINDS.get(status, RequestFailed)
     request_id = problem.get("request_id") or response.headers.get("X-Request-ID")
     return kind(status, code, detail, request_id=request_id, retry_after_s=_retry_after_s(response))
@@ -356,14 +397,14 @@ def _pause_s(refusals: int, failure: ClientError) -> float:
     return backoff_s if told_s is None else max(backoff_s, told_s * random.uniform(1, 1.25))  # noqa: S311
 
 
-def _give_up(failure: ClientError, pictures: list[Picture], answered: bool) -> Results:
+def _give_up(failure: ClientError, pictures: list[Picture], others_fare_better: bool) -> Results:
     """The failure in the place of each image, if other images may fare better.
 
     Raises:
         ClientError: if they will not.
     """
     if not isinstance(failure, RequestFailed):
-        if answered:  # the service is there, and answers for other images are under way
+        if others_fare_better:  # the service is there, and answers for other images are under way
             return [failure] * len(pictures)
         raise failure
     mine = failure.status >= HTTPStatus.INTERNAL_SERVER_ERROR or failure.status in {

@@ -176,6 +176,23 @@ def batches(images: Iterable[ImageInput], size: int) -> Iterator[Batch]:
         yield batch
 
 
+def check_several(images: object) -> None:
+    """Refuses one image where several are wanted: what it consists of would be taken for images.
+
+    Args:
+        images: as given.
+
+    Raises:
+        TypeError: it is one.
+    """
+    is_one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview) or _is_a(images, "PIL.Image", "Image")
+    if _is_a(images, "numpy", "ndarray"):
+        pixels = cast("NDArray[np.uint8]", images)
+        is_one = pixels.ndim < 3 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if is_one:
+        raise TypeError("that is one image; classify_many takes several, classify takes one")
+
+
 def _check_type(image: object) -> None:
     known = isinstance(image, str | os.PathLike | bytes | bytearray | memoryview)
     if not known and not _is_a(image, "numpy", "ndarray") and not _is_a(image, "PIL.Image", "Image"):

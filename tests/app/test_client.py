@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import itertools
+import json
 import socket
 import subprocess
 import sys
@@ -13,14 +15,16 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from app.client import AsyncClient, Client, Health, Overloaded, RequestFailed, Unreachable
-from app.client.exchange import BACKOFF_S, Pause, Send, Wanted, exchange
+from app.client import AsyncClient, ClassificationError, Client, Health, Overloaded, RequestFailed, Unreachable
+from app.client.exchange import BACKOFF_S, Contact, Pause, Send, Wanted, exchange
 from app.client.images import Picture, batches, encode, load
 from app.images import DecodeLimits, ResizeRule, decode_image
 from tests.server import ScriptedServer
@@ -231,7 +235,7 @@ def test_retry_after_is_waited_for_and_the_deadline_shrinks():
 
 
 def test_a_pause_that_the_server_did_not_ask_for_is_short():
-    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20))
+    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20), Contact())
     assert isinstance(next(conversation), Send)
     told = conversation.send(httpx.Response(503, headers={"Retry-After": "1"}, json=BUSY))
     assert isinstance(told, Pause)
@@ -299,6 +303,49 @@ def test_a_service_that_was_there_a_moment_ago_fails_images_and_not_the_job():
     assert (bad.index, bad.code) == (1, "unreachable")
     assert "no answer" in bad.detail
     server.finish()
+
+
+class HangsUp(BaseHTTPRequestHandler):
+    """Answers whatever is sent, but closes the connection on images that are called poison."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if b"poison" in body:
+            self.close_connection = True
+            return
+        count = body.count(b"Content-Disposition") or 1
+        content = json.dumps(ANSWER | {"predictions": ANSWER["predictions"] * count}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_image_that_breaks_the_connection_takes_no_other_with_it(batch_size):
+    images = [b"fine"] * 9 + [b"poison"] + [b"fine"] * 9
+    with ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}", batch_size=batch_size, deadline_s=3) as client:
+            results = list(client.classify_many(images))
+        server.shutdown()
+    assert [index for index, result in enumerate(results) if isinstance(result, ClassificationError)] == [9]
+    assert results[9].code == "unreachable"
+
+
+def test_a_server_without_tls_is_said_to_be_one():
+    with ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"https://user:secret@127.0.0.1:{server.server_port}") as client, pytest.raises(Unreachable) as caught:
+            client.model()
+        server.shutdown()
+    assert "TLS failed: " in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_an_answer_that_comes_byte_by_byte_does_not_outlast_the_deadline():
@@ -518,7 +565,7 @@ def test_another_service_has_no_health():
     "mistake", [httpx.LocalProtocolError("Illegal header value b'secret'"), httpx.UnsupportedProtocol("ftp")]
 )
 def test_a_request_that_cannot_be_sent_is_not_tried_again_nor_shown(mistake):
-    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20))
+    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20), Contact())
     assert isinstance(next(conversation), Send)
     with pytest.raises(Unreachable) as caught:
         conversation.send(mistake)
@@ -563,10 +610,80 @@ def test_closing_ends_a_pause():
         client.health()
 
 
+def test_a_closed_asyncio_client_is_no_programming_error_of_its_own():
+    async def use() -> None:
+        client = AsyncClient("http://127.0.0.1:1")
+        await client.aclose()
+        for call in (client.health, client.model, lambda: client.classify(b"image")):
+            with pytest.raises(Unreachable, match="the client was closed"):
+                await call()
+
+    asyncio.run(use())
+
+
+def test_a_client_that_nobody_closes_leaves_no_thread():
+    before = set(threading.enumerate())
+    clients = [Client("http://127.0.0.1:1") for _ in range(3)]
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == len(clients)
+    clients.clear()
+    gc.collect()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+FORK = """
+import os
+from app.client import Client, Unreachable
+with Client("http://127.0.0.1:1") as client:
+    if child := os.fork():
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    try:
+        client.model()
+    except Unreachable as error:
+        print(error)
+"""
+
+LEAVE = """
+import asyncio, threading
+from app.client import AsyncClient
+def camera():
+    yield b"image"
+    threading.Event().wait()
+async def main():
+    async with AsyncClient("http://127.0.0.1:1", deadline_s=0.1, batch_size=1) as client:
+        try:
+            async for _ in client.classify_many(camera()):
+                pass
+        except Exception as error:
+            print(error)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(FORK, "made before this process was forked"), (LEAVE, "Connection refused")])
+def test_a_program_ends(code, said):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert said in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    "image",
+    ["cat.png", Path("cat.png"), b"image", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8), Image.new("L", (8, 8))],
+)
+def test_one_image_is_not_taken_for_many(client, image):
+    with pytest.raises(TypeError, match="classify_many takes several"):
+        client("http://127.0.0.1:1").classify_many(image)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"url": "localhost:8000"},
+        {"url": "http://"},
         {"url": "http://127.0.0.1:80a0"},
         {"url": "http://127.0.0.1:99999"},
         {"url": "http://127.0.0.1:0"},
