@@ -19,6 +19,7 @@ from typing import cast
 from app.errors import StartupError
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CLOSES = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _STATUS = slice(9, 12)
 """Where it stands in `HTTP/1.1 200 OK`."""
 
@@ -145,7 +146,7 @@ class _Connection(asyncio.Protocol):
         self.buffer = b""
         self.request: Request | None = None
         self.begin = 0.0
-        self.lost = False
+        self.lost = self.dismissed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.WriteTransport", transport)  # uvloop's says it is none
@@ -171,7 +172,11 @@ class _Connection(asyncio.Protocol):
         else:
             self.tally.failed.setdefault(status, []).append(elapsed)
         self.buffer, self.request = b"", None
-        self.answered(self)
+        if _CLOSES.search(head) and self.transport:
+            self.dismissed = True
+            self.transport.close()  # as the server is about to; `closed` is told
+        else:
+            self.answered(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
@@ -222,8 +227,10 @@ async def closed_loop(server: Server, requests: list[Request], clients: int, sec
 
     async def reconnect(old: _Connection) -> None:
         connections.discard(old)
+        pause_s = 0.0 if old.dismissed else _RECONNECT_S
         while time.perf_counter() < end:
-            await asyncio.sleep(_RECONNECT_S)
+            await asyncio.sleep(pause_s)
+            pause_s = _RECONNECT_S
             try:
                 new = await _connect(server, tally, next_request, closed)
             except OSError:

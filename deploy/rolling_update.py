@@ -25,17 +25,27 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an htt
 
 def main() -> None:
     """Replaces them all."""
-    compose = _compose()
+    try:
+        compose = _compose()
+    except FileNotFoundError:
+        sys.exit("neither docker nor docker-compose is on the PATH")
     _run(*compose, "rm", "-f", "replica")  # stopped ones only: what an earlier run left would be started in place of a new one
     old = _run(*compose, "ps", "-q", "replica").split()
     if not old:
         sys.exit("no replica runs; start some: docker compose --profile scale up -d --scale replica=2 proxy")
     _check_room(len(old) + 1)
     for number, container in enumerate(old, start=1):
+        # one of the old may be broken, which is a reason to replace it
+        enough = replicas_up(OPERATORS) + 1
+        running = _run(*compose, "ps", "-q", "replica").split()
         _run(*compose, "up", "-d", "--no-recreate", "--scale", f"replica={len(old) + 1}", "replica")
-        _wait_until_up(len(old) + 1)
-        _run("docker", "stop", container)  # waits as long as stop_grace_period says
-        _run("docker", "rm", container)
+        try:
+            _wait_until_up(enough)
+        except SystemExit:  # or each try would leave one more
+            for started in set(_run(*compose, "ps", "-q", "replica").split()) - set(running):
+                _remove(started)
+            raise
+        _remove(container)
         print(f"{number} of {len(old)} replaced", flush=True)
 
 
@@ -49,6 +59,11 @@ def _run(*command: str) -> str:
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout
+
+
+def _remove(container: str) -> None:
+    _run("docker", "stop", container)  # waits as long as stop_grace_period says
+    _run("docker", "rm", container)
 
 
 def _check_room(count: int) -> None:
@@ -100,6 +115,8 @@ def _replicas(operators: str) -> list[dict[str, str]]:
     except HTTPException as error:
         raise ConnectionError(f"its answer broke off: {error!r}") from error
     rows = csv.DictReader(io.StringIO(text.removeprefix("# ")))
+    if "pxname" not in (rows.fieldnames or ()):
+        raise ConnectionError("what answers there is no HAProxy")
     return [row for row in rows if row["pxname"] == "replicas" and row["svname"] != "BACKEND"]
 
 

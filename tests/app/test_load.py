@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import resource
 import socket
+import socketserver
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +39,26 @@ def test_a_closed_loop_connects_again_and_counts_by_status():
     assert (len(tally.refused), tally.late, tally.unanswered) == (1, 1, 0)
     assert tally.lost >= 2  # the one without an answer, and the connections refused after the end
     assert tally.wrong == tally.lost + 1
+
+
+class AnswersAndCloses(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        received = b""
+        while not received.endswith(b"image"):
+            received += self.request.recv(1000) or b"image"
+        self.request.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(RIGHT[2]), RIGHT[2]))
+
+
+@pytest.mark.parametrize("loop", ["closed", "open"])
+def test_a_server_that_says_it_closes_loses_no_request(loop):
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), AnswersAndCloses) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        server = Server("127.0.0.1", listening.server_address[1])
+        measuring = closed_loop(server, REQUESTS, 2, 0.3) if loop == "closed" else open_loop(server, REQUESTS, steady(500), 0.3)
+        tally = asyncio.run(measuring)
+        listening.shutdown()
+    assert (tally.lost, tally.unanswered) == (0, 0)
+    assert len(tally.right) > 2
 
 
 def test_more_clients_than_open_files_are_one_clear_line():

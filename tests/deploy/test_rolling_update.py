@@ -52,41 +52,68 @@ def answers(monkeypatch) -> Iterator[list[bytes | None]]:
 
 @pytest.fixture
 def commands(monkeypatch) -> list[str]:
-    """What the engine was told; two replicas run."""
+    """What the engine was told to change; two replicas run."""
     told: list[str] = []
+    running = ["a", "b"]
 
     def run(*command: str) -> str:
+        if "ps" in command:
+            return "\n".join(running)
         told.append(" ".join(command))
-        return "a\nb\n" if "ps" in command else ""
+        if "up" in command:
+            running.append(f"new{len(told)}")
+        if "rm" in command and "compose" not in command:
+            running.remove(command[-1])
+        return ""
 
     monkeypatch.setattr(rolling_update, "_compose", lambda: ["compose"])
     monkeypatch.setattr(rolling_update, "_run", run)
     return told
 
 
+UP = "compose up -d --no-recreate --scale replica=3 replica"
+
+
 def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, commands, capsys):
-    answers += [statistics(2, 16), None, b"", statistics(2, 16), statistics(3, 16)]
+    two, three = statistics(2, 16), statistics(3, 16)
+    answers += [two, two, None, b"", two, three, two, two, three]
     rolling_update.main()
-    up = "compose up -d --no-recreate --scale replica=3 replica"
-    assert commands[2:] == [up, "docker stop a", "docker rm a", up, "docker stop b", "docker rm b"]
+    assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
     assert capsys.readouterr().out.splitlines() == ["1 of 2 replaced", "2 of 2 replaced"]
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [(statistics(2, 2), "has room for 2 replicas, and an update needs one more than the 2"), (None, "does not answer at 127")],
+    [
+        (statistics(2, 2), "has room for 2 replicas, and an update needs one more than the 2"),
+        (None, "does not answer at 127"),
+        (b"<html>another program</html>", "does not answer at 127.*no HAProxy"),
+    ],
 )
 def test_nothing_is_changed_where_an_update_cannot_end(answers, commands, answer, message):
     answers.append(answer)
     with pytest.raises(SystemExit, match=message):
         rolling_update.main()
-    assert commands == ["compose rm -f replica", "compose ps -q replica"]
+    assert commands == ["compose rm -f replica"]
+
+
+def test_one_that_was_broken_at_the_begin_is_replaced_too(answers, commands):
+    one, two = statistics(1, 16), statistics(2, 16)
+    answers += [one, one, two, one, two]
+    rolling_update.main()
+    assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
 
 
 @pytest.mark.parametrize(("answer", "message"), [(statistics(2, 16), "sees 2 of 3 replicas"), (None, "does not answer at 127")])
 def test_no_old_one_is_stopped_where_no_new_one_comes(answers, commands, monkeypatch, answer, message):
     monkeypatch.setattr(rolling_update, "TIMEOUT_S", 0.1)
-    answers += [statistics(2, 16), answer]
+    answers += [statistics(2, 16), statistics(2, 16), answer]
     with pytest.raises(SystemExit, match=rf"{message}.* after 0\.1 s: docker compose logs"):
         rolling_update.main()
-    assert not any("stop" in command for command in commands)
+    assert commands[1:] == [UP, "docker stop new2", "docker rm new2"]
+
+
+def test_without_docker_it_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="neither docker nor docker-compose is on the PATH"):
+        rolling_update.main()

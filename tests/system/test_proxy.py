@@ -17,6 +17,7 @@ import pytest
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
+from app.client import Client
 from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
@@ -34,7 +35,6 @@ def default(name: str) -> float:
 
 
 def test_its_limits_are_the_services():
-    assert int(re.search(r"req\.body_size gt (\d+)", TEXT)[1]) == default("max_body_bytes")
     assert int(re.search(r"timeout http-request (\d+)s", TEXT)[1]) == default("receive_timeout_s")
     assert int(re.search(r"default-server .* maxconn (\d+)", TEXT)[1]) < default("max_connections")
     assert int(re.search(r":\$\{REPLICA_PORT-(\d+)\}", TEXT)[1]) == default("port")
@@ -73,16 +73,28 @@ def test_metrics_are_not_for_outsiders(cluster, path):
 
 
 @with_haproxy
-def test_what_it_refuses_itself_is_a_problem_document(cluster):
-    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {default('max_body_bytes') + 1}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
-        connection.sendall(head.encode())
-        answer = b""
-        while not answer.endswith(b"}") and (piece := connection.recv(65536)):
-            answer += piece
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"application/problem+json" in answer
-    assert b'"code":"body_too_large"' in answer
+def test_a_file_that_is_too_large_is_refused_in_its_place(cluster, samples):
+    large = bytes(int(default("max_body_bytes")) + 1_000_000)
+    images = [samples[0].data, large, samples[0].data]
+    with Client(f"http://127.0.0.1:{cluster.port}", batch_size=1) as client:
+        before, refused, after = client.classify_many(images)
+    assert refused.code == "body_too_large"
+    assert before.label == after.label == samples[0].label
+
+
+@with_haproxy
+def test_what_it_refuses_itself_is_a_problem_document(proxy):
+    answer = proxy.get("/metrics")
+    assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
+    assert answer.json() | {"request_id": ""} == {
+        "type": "about:blank",
+        "title": "Not Found",
+        "status": 404,
+        "detail": "Not Found",
+        "error": "Not Found",
+        "code": "not_found",
+        "request_id": "",
+    }
 
 
 @with_haproxy
