@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from pydantic import BaseModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from app.client import Client
     from app.service import Service
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Classify images with ConvMixer.")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ModelOption = Annotated[
     str | None, typer.Option(help="A model that ships (`fast`, `accurate`) or an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
@@ -43,6 +43,21 @@ _EXTRAS = {
     "pyarrow": "[parquet]",
 }
 """What installs a package that the base does without."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"convmixer-serve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Classify images with ConvMixer."""
 
 
 @app.command()
@@ -137,9 +152,9 @@ def classify(
     from app.telemetry.logs import visible
 
     patterns = paths or []
-    to_terminal = not (parquet or output) and sys.stdout.isatty()
+    to_terminal = not (parquet or output) and _is_terminal(sys.stdout)
     format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
-    watched = sys.stderr.isatty()
+    watched = _is_terminal(sys.stderr)
     _require(bool(patterns) != bool(files_from), "give PATHS or --files-from, one of them")
     _require(as_json + as_csv + bool(parquet) <= 1, "--json, --csv and --parquet exclude one another")
     _require(not (parquet and output), "--parquet names its own file; leave --output out")
@@ -262,6 +277,10 @@ def _is_client_error(error: Exception) -> bool:
     return module is not None and isinstance(error, module.ClientError)
 
 
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None: closed by whoever started this
+
+
 def _require(fits: bool, message: str) -> None:
     if not fits:
         raise typer.BadParameter(message)
@@ -284,6 +303,10 @@ def _open_client(url: str, api_key: str | None, **options: Any) -> Client:
         return Client(url, api_key=api_key, **{name: value for name, value in options.items() if value is not None})
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        raise StartupError(f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {error.strerror}") from error
+    except ImportError as error:  # of what a SOCKS proxy in the environment takes
+        raise StartupError(str(error)) from error
 
 
 def _settings(**overrides: object) -> Settings:

@@ -103,14 +103,33 @@ def _in_folder(folder: str) -> Iterator[str]:
 
 
 def read_list(path: str) -> Iterator[str]:
-    """The lines of a file, or of standard input for `-`.
+    """The lines of a file, or of standard input for `-`. A line `-` is a file's name.
 
     Args:
         path: of the file.
+
+    Raises:
+        StartupError: it cannot be read.
     """
-    source = sys.stdin.fileno() if path == STDIN else path
-    with open(source, errors="surrogateescape", newline="\n", closefd=path != STDIN) as file:  # a name may hold "\r"
-        yield from filter(None, (line.rstrip("\r\n") for line in file))
+    source = standard_input().fileno() if path == STDIN else path
+    try:
+        with open(source, errors="surrogateescape", newline="\n", closefd=path != STDIN) as file:  # a name may hold "\r"
+            for line in file:
+                if name := line.rstrip("\r\n"):
+                    yield f"./{name}" if name == STDIN else name
+    except OSError as error:
+        raise StartupError(f"--files-from: {path} cannot be read: {error.strerror}") from error
+
+
+def standard_input() -> IO[bytes]:
+    """What `-` stands for.
+
+    Raises:
+        StartupError: it was closed by whoever started this.
+    """
+    if sys.stdin is None:
+        raise StartupError("standard input is closed")
+    return sys.stdin.buffer
 
 
 def classify_here(service: Service, files: Iterable[str], top_k: int, interruption: Interruption) -> Generator[Row, None, None]:
@@ -133,6 +152,11 @@ def classify_here(service: Service, files: Iterable[str], top_k: int, interrupti
     in_flight: deque[tuple[int, str, int, Future[Outcome] | ServiceError]] = deque()
     held_bytes = 0
 
+    def is_ready() -> bool:
+        pending = in_flight[0][-1]
+        with interruption.postponed():
+            return isinstance(pending, ServiceError) or pending.done()
+
     def oldest() -> Row:
         nonlocal held_bytes
         index, path, size, pending = in_flight.popleft()
@@ -147,7 +171,7 @@ def classify_here(service: Service, files: Iterable[str], top_k: int, interrupti
         for index, path in enumerate(files):
             data = _read(path, settings.max_body_bytes)
             size = len(data) if isinstance(data, bytes) else 0
-            while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes):
+            while in_flight and (len(in_flight) >= window or held_bytes + size > settings.max_held_bytes or is_ready()):
                 yield oldest()
             held_bytes += size
             with interruption.postponed():
@@ -173,7 +197,7 @@ def classify_there(client: Client, files: Iterable[str], top_k: int, interruptio
     """
     from app.client import Prediction
 
-    images = (sys.stdin.buffer.read() if path == STDIN else path for path in files)
+    images = (standard_input().read() if path == STDIN else path for path in files)
     for result in client.classify_many(images, top_k=top_k):
         interruption.check()
         name = {"index": result.index, "filename": result.filename or STDIN}
@@ -190,7 +214,7 @@ def _read(path: str, max_bytes: int) -> bytes | ServiceError:
 
     try:
         if path == STDIN:
-            return sys.stdin.buffer.read()
+            return standard_input().read()
         size = Path(path).stat().st_size
         if size > max_bytes:
             return BodyTooLarge(f"the file has {size:,} bytes; the limit is {max_bytes:,} (CONVMIXER_MAX_BODY_BYTES)")
@@ -274,6 +298,8 @@ def _named(called: Path | str) -> Iterator[None]:
 
 def _open_text(output: Path | None) -> IO[str]:
     """Names of files are bytes; those that are no UTF-8 come out as they went in."""
+    if not output and sys.stdout is None:
+        raise StartupError("standard output is closed; give --output")
     target = output or sys.stdout.fileno()
     return open(target, "w", encoding="utf-8", errors="surrogateescape", newline="", closefd=output is not None)
 

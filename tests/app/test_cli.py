@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from app import __version__
 from app.cli import main
 from app.cli_classify import expand, find_images
 from tests.server import ScriptedServer
@@ -42,6 +43,44 @@ def test_help_lists_the_commands():
     result = run("--help")
     assert result.returncode == 0
     assert all(name in result.stdout for name in ("serve", "classify", "bench", "info"))
+
+
+def test_the_version():
+    assert run("--version").stdout == f"convmixer-serve {__version__}\n"
+
+
+CAT = "docs/images/cat.png"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("classify - <&-", "standard input is closed"),
+        ("classify --files-from - <&-", "standard input is closed"),
+        (f"classify {CAT} >&-", "standard output is closed; give --output"),
+        ("classify --files-from /proc/self/mem", "/proc/self/mem cannot be read: Input/output error"),
+        (f"classify {CAT} --url http://127.0.0.1:1 # ALL_PROXY=socks5://127.0.0.1:1", "'socksio' package is not installed"),
+        (f"classify {CAT} --url http://127.0.0.1:1 # SSL_CERT_FILE=/nowhere", "SSL_CERT_FILE .* cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_around_it_is_one_line(call, message, repository):
+    call, _, variable = call.partition(" # ")
+    shell = f"{variable} exec {sys.executable} -m app.cli {call}"
+    done = subprocess.run(["bash", "-c", shell], cwd=repository, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{message}.*\n", done.stderr)
+
+
+def test_a_dash_in_a_list_is_a_file(samples, tmp_path):
+    (tmp_path / "-").write_bytes(samples[0].data)
+    names = f"{samples[0].path}\n-\n{samples[1].path}\n"
+    shell = ["bash", "-c", f"cd {tmp_path} && exec {sys.executable} -m app.cli classify --files-from -"]
+    done = subprocess.run(
+        shell, input=names, capture_output=True, text=True, env=environment() | {"PYTHONPATH": str(Path.cwd())}, check=True
+    )
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["file"] for row in rows] == [str(samples[0].path), "./-", str(samples[1].path)]
+    assert rows[0]["label"] == rows[1]["label"]
 
 
 def test_info_prints_metadata_engine_and_versions():

@@ -61,6 +61,21 @@ def test_an_engine_that_hangs_ends_it_soon(service, samples, interruption, monke
     go_on.set()
 
 
+def test_a_row_waits_for_the_next_file_at_most(service, samples, interruption):
+    asked: list[str] = []
+
+    def files() -> Iterator[str]:
+        for sample in samples[:50]:  # fewer than are in flight at once
+            asked.append(str(sample.path))
+            yield asked[-1]
+            time.sleep(0.01)
+
+    rows = classify_here(service, files(), 1, interruption)
+    assert next(rows)["filename"] == asked[0]
+    assert len(asked) < 50
+    assert len(list(rows)) == 49
+
+
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 
 
