@@ -6,6 +6,8 @@ import { Failure, classify, curlCommand, describeModel, fetchSample, isKey, key 
 
 const AT_ONCE = 4; // requests under way: enough to keep the service busy, few enough to leave room for others
 
+const MODEL_WAIT_MS = 2000; // what it says changes how a preview is cropped, and no answer
+
 const $ = (id) => document.getElementById(id);
 const results = new Map(); // element -> Result
 let waiting = [];
@@ -17,6 +19,7 @@ const model = describeModel().catch(() => null);
 model.then((card) => {
   if (card) describe(card);
 });
+const patience = new Promise((resolve) => setTimeout(resolve, MODEL_WAIT_MS));
 drawLegend($("legend"));
 
 function describe({ name, version, classes, metadata }) {
@@ -27,9 +30,9 @@ function describe({ name, version, classes, metadata }) {
 }
 
 async function add(files) {
-  complain(files.length ? "" : "That was no file. Drop or paste pictures.");
+  complain(files.length ? "" : "No picture was found there. Drop or paste pictures.");
   if (!files.length) return;
-  const resize = (await model)?.metadata.resize?.mode;
+  const resize = (await Promise.race([model, patience]))?.metadata.resize?.mode;
   const added = files.map((file) => new Result(file, resize));
   for (const result of added) results.set(result.element, result);
   waiting.push(...added);
@@ -120,6 +123,32 @@ async function copyCurl(button, file) {
   }
 }
 
+// The files, and the pictures in the folders.
+function dropped({ items }) {
+  // all are asked for at once: when the event is over, the list is empty
+  const found = [...items].filter(({ kind }) => kind === "file").map((item) => {
+    const entry = item.webkitGetAsEntry();
+    return entry?.isDirectory ? picturesIn(entry) : [item.getAsFile()];
+  });
+  return Promise.all(found).then((lists) => lists.flat());
+}
+
+async function picturesIn(folder) {
+  const reader = folder.createReader();
+  const pictures = [];
+  for (;;) {
+    const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at most
+    if (!entries.length) return pictures;
+    for (const entry of entries) {
+      if (entry.isDirectory) pictures.push(...(await picturesIn(entry)));
+      else {
+        const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+        if (file.type.startsWith("image/")) pictures.push(file);
+      }
+    }
+  }
+}
+
 async function addSample(name) {
   try {
     const sample = await fetchSample(`${name}.webp`);
@@ -155,7 +184,7 @@ for (const name of ["dragleave", "drop"]) {
 }
 document.addEventListener("drop", (event) => {
   event.preventDefault();
-  add([...event.dataTransfer.files]);
+  dropped(event.dataTransfer).then(add, () => complain("A folder that was dropped could not be read."));
 });
 document.addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) {

@@ -99,13 +99,12 @@ async function post(file, signal) {
   }
 }
 
+// RFC 9457, unless it is a proxy's.
 async function failureOf(response) {
-  try {
-    const { detail, code } = await response.json(); // RFC 9457
-    return new Failure(detail, { status: response.status, code });
-  } catch {
-    return new Failure(`The service answered ${response.status} ${response.statusText}.`, { status: response.status, code: "" });
-  }
+  const problem = await response.json().catch(() => null);
+  const text = (value) => (typeof value === "string" ? value : "");
+  const message = text(problem?.detail) || `The service answered ${response.status} ${response.statusText}.`;
+  return new Failure(message, { status: response.status, code: text(problem?.code) });
 }
 
 // Server-Timing (W3C): `decode;dur=0.31, queue;dur=0.02` becomes [["decode", 0.31], ["queue", 0.02]].

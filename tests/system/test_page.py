@@ -196,6 +196,35 @@ def test_without_a_mouse(open_page, samples):
     press_until_focused("Tab", "#choose")
 
 
+def test_a_dropped_folder_is_the_pictures_in_it(open_page, samples, tmp_path):
+    (tmp_path / "pets" / "more").mkdir(parents=True)
+    for name, sample in zip(("a.webp", "more/b.webp", "notes.txt"), samples[:3], strict=True):
+        (tmp_path / "pets" / name).write_bytes(sample.data)
+    page = open_page()
+    devtools = page.context.new_cdp_session(page)
+    dragged = {"x": 600, "y": 300, "data": {"items": [], "files": [str(tmp_path / "pets")], "dragOperationsMask": 1}}
+    for step in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": step, **dragged})
+    results(page, 2, "done", "unknown")
+    assert page.locator(".result").count() == 2
+
+
+def test_a_model_that_says_nothing_holds_up_no_picture(open_page, samples):
+    page = open_page()
+    page.route("**/model", lambda route: None)
+    page.reload()
+    drop(page, ("a.webp", samples[0].data))
+    results(page, 1, "done", "unknown")
+
+
+@pytest.mark.parametrize("body", ['{"message": "x"}', '"text"', '{"detail": [{"msg": "x"}]}', "no JSON"])
+def test_what_a_proxy_answers_is_told_by_its_status(open_page, samples, body):
+    page = open_page()
+    page.route("**/classify*", lambda route: route.fulfill(status=502, body=body))
+    drop(page, ("a.webp", samples[0].data))
+    expect(results(page, 1, "failed")).to_contain_text("The service answered 502")
+
+
 def test_a_pasted_picture(open_page, samples):
     page = open_page()
     page.evaluate(PASTE, transfer(page, ("clip.webp", of_label(samples, "frog").data)))
@@ -281,7 +310,7 @@ def test_a_sample_that_cannot_be_had_is_no_picture_on_the_page(open_page, start)
     expect(page.get_by_role("alert").filter(visible=True)).to_have_text("The service could not be reached.")
     assert page.locator(".result").count() == 0
     drop(page)
-    expect(page.get_by_role("alert").filter(visible=True)).to_contain_text("That was no file")
+    expect(page.get_by_role("alert").filter(visible=True)).to_contain_text("No picture was found there")
 
 
 def test_of_many_pictures_only_those_in_sight_are_opened(open_page, samples):
