@@ -235,7 +235,7 @@ def _write_manifest(output: Place, job: JobDescription) -> None:
     except OSError as error:
         raise StartupError(f"the folder {job.input} cannot be listed: {one_line(error)}") from error
     if not files:
-        raise StartupError(f"{job.input} holds no {ending or 'image'} file")
+        raise StartupError(f"{job.input} does not exist, or holds no {ending or 'image'} file")
     odd = [path for path in files if printable(path) != path]
     if odd:
         example = f"{len(odd):,}, {printable(odd[0])} is one"
