@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,14 @@ from tests.server import ServerProcess
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGES = Path(__file__).parent / "data" / "cifar10"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def helper_without_coverage() -> None:
+    """Starts Python's resource tracker, which tqdm would start later: it outlives pytest, and would leave a report."""
+    measuring = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_PROCESS")}
+    resource_tracker.ensure_running()
+    os.environ.update(measuring)
 
 
 @dataclass(frozen=True)
