@@ -36,7 +36,7 @@ def main() -> None:
     _check_room(len(old) + 1)
     for number, container in enumerate(old, start=1):
         # one of the old may be broken, which is a reason to replace it
-        enough = replicas_up(OPERATORS) + 1
+        enough = _wait_until_up(0) + 1
         running = _run(*compose, "ps", "-q", "replica").split()
         _run(*compose, "up", "-d", "--no-recreate", "--scale", f"replica={len(old) + 1}", "replica")
         try:
@@ -79,7 +79,8 @@ def _check_room(count: int) -> None:
         )
 
 
-def _wait_until_up(count: int) -> None:
+def _wait_until_up(count: int) -> int:
+    """How many HAProxy sends requests to, once it says that they are so many."""
     give_up = time.monotonic() + TIMEOUT_S
     while True:
         try:
@@ -88,7 +89,7 @@ def _wait_until_up(count: int) -> None:
             seen = f"HAProxy does not answer at {OPERATORS} ({error})"
         else:
             if found >= count:
-                return
+                return found
             seen = f"HAProxy sees {found} of {count} replicas"
         if time.monotonic() > give_up:
             sys.exit(f"{seen} after {TIMEOUT_S} s: docker compose logs replica proxy")

@@ -16,6 +16,7 @@ from typing import Self, TypeAlias, cast
 import httpx
 
 from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
+from app.client.arguments import authorization, check_count, check_deadline, check_url
 from app.client.exchange import (
     BATCH_SIZE,
     CONCURRENCY,
@@ -24,20 +25,11 @@ from app.client.exchange import (
     PROBE_TIMEOUT_S,
     Contact,
     Pause,
-    Reply,
-    Results,
     Wanted,
-    authorization,
-    check_count,
-    check_deadline,
-    check_url,
     exchange,
-    read_health,
-    read_model,
-    reason_of,
-    shown,
 )
 from app.client.images import Batch, ImageInput, Picture, check_several, encode, filename_of, load
+from app.client.replies import Reply, Results, read_health, read_model, reason_of, shown
 
 Answer: TypeAlias = "asyncio.Future[Picture | ClassificationError | None]"
 

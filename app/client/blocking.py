@@ -17,10 +17,12 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
+from app.client.arguments import check_count, check_deadline
 from app.client.asynchronous import AsyncClient
-from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Results, Wanted, check_count, check_deadline
+from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Wanted
 from app.client.images import Batch, ImageInput, Picture, batches, check_several, encode, filename_of
 from app.client.pending import Pending
+from app.client.replies import Results
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,8 +60,8 @@ class Client:
         self._closing = threading.Lock()
         self._closed = False
         self._process = os.getpid()
-        self._at_collection = weakref.finalize(self, _abandon, self._loop, self._client, self._process)
-        self._at_collection.atexit = False
+        self._end = weakref.finalize(self, _end, self._loop, self._client, self._process)  # also of one that nobody closes
+        self._end.atexit = False
 
     def classify(
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
@@ -208,10 +210,7 @@ class Client:
             if self._closed:
                 return
             self._closed = True
-            ended = Pending(self._loop, _end, self._client)
-        self._at_collection.detach()
-        ended.result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+            self._end()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -228,21 +227,19 @@ def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-async def _end(client: AsyncClient) -> None:
-    pending = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
-    await client.aclose()
-    await asyncio.get_running_loop().shutdown_asyncgens()  # httpx leaves some behind that read a damaged body
-
-
-def _abandon(loop: asyncio.AbstractEventLoop, client: AsyncClient, process: int) -> None:
-    """Ends the thread of a client that nobody has closed; may be called in any thread, so it waits for nothing."""
+def _end(loop: asyncio.AbstractEventLoop, client: AsyncClient, process: int) -> None:
+    """Begins to end a client, in whatever thread; its own thread ends with it. A forked process has none."""
 
     async def end() -> None:
-        await _end(client)
-        loop.stop()
+        try:
+            pending = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            await client.aclose()
+            await loop.shutdown_asyncgens()  # httpx leaves some behind that read a damaged body
+        finally:
+            loop.stop()
 
     if process == os.getpid():
         Pending(loop, end)

@@ -306,7 +306,7 @@ def test_a_service_that_was_there_a_moment_ago_fails_images_and_not_the_job():
 
 
 class HangsUp(BaseHTTPRequestHandler):
-    """Answers whatever is sent, but closes the connection on images that are called poison."""
+    """Answers what has a tenth of a second, but closes the connection on images that are called poison."""
 
     protocol_version = "HTTP/1.1"
 
@@ -315,9 +315,11 @@ class HangsUp(BaseHTTPRequestHandler):
         if b"poison" in body:
             self.close_connection = True
             return
+        in_time = int(self.headers["X-Deadline-Ms"]) >= 100
         count = body.count(b"Content-Disposition") or 1
-        content = json.dumps(ANSWER | {"predictions": ANSWER["predictions"] * count}).encode()
-        self.send_response(200)
+        answer = ANSWER | {"predictions": ANSWER["predictions"] * count} if in_time else {"code": "deadline_exceeded"}
+        content = json.dumps(answer).encode()
+        self.send_response(200 if in_time else 504)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

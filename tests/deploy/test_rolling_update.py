@@ -76,7 +76,7 @@ UP = "compose up -d --no-recreate --scale replica=3 replica"
 
 def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, commands, capsys):
     two, three = statistics(2, 16), statistics(3, 16)
-    answers += [two, two, None, b"", two, three, two, two, three]
+    answers += [two, None, two, None, b"", two, three, two, two, three]
     rolling_update.main()
     assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
     assert capsys.readouterr().out.splitlines() == ["1 of 2 replaced", "2 of 2 replaced"]
