@@ -48,6 +48,21 @@ _MIXED = AugmentConfig(
 )
 """Ours, of the long cycles on a CPU."""
 
+_CYCLE = TrainConfig(
+    model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+    augment=_MIXED,
+    start_size=24,
+    batch_size=64,
+    optimizer="muon",
+    warmup=0.05,
+    weight_decay=0.02,
+    ema_decay=0.999,
+)
+"""What the cycles of 256 channels have in common; each preset says what it has otherwise."""
+
+_TAUGHT = replace(_CYCLE, label_smoothing=0.0, distill_weight=0.8, distill_temperature=2.0)
+"""Those that learn from `--teacher`, too."""
+
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         TrainConfig(
@@ -97,36 +112,25 @@ PRESETS: dict[str, Preset] = {
         result="91.00 % on the test set, one run; the mean of its weights and those of `cpu-2`: 91.94 % (docs/runs.md)",
     ),
     "cpu-4": Preset(
-        TrainConfig(
+        replace(
+            _CYCLE,
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=5, patch_size=2),
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=1, randaugment_magnitude=8, erase=0.25),
-            start_size=24,
             epochs=8,
-            batch_size=64,
-            optimizer="muon",
             lr=0.006,
             muon_lr=0.006,
-            warmup=0.05,
-            weight_decay=0.02,
-            ema_decay=0.999,
         ),
         source="ours: a fourth cycle, begun with the mean of `cpu-2` and `cpu-3`, grown from 192 to 256 channels (--init)",
         cost="86 minutes on two Zen 3 cores, float32, beside other work (74 images a second)",
         result="91.47 % on the test set, one run; the mean of its weights and those it grew from: 92.07 % (docs/runs.md)",
     ),
     "cpu-5": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+        replace(
+            _CYCLE,
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, erase=0.25),
-            start_size=24,
             epochs=38,
-            batch_size=64,
-            optimizer="muon",
             lr=0.006,
             muon_lr=0.006,
-            warmup=0.05,
-            weight_decay=0.02,
-            ema_decay=0.999,
         ),
         source="ours: a fifth, long cycle on a CPU with bf16, begun with the mean of `cpu-4` and of what that grew from, its "
         "kernels grown from 5 to 7 (--init)",
@@ -134,18 +138,12 @@ PRESETS: dict[str, Preset] = {
         result="93.65 % on the test set, one run",
     ),
     "cpu-6": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+        replace(
+            _CYCLE,
             augment=AugmentConfig(crop_scale=0.75, flip=0.5, randaugment_ops=2, randaugment_magnitude=10, mixup=0.2, cutmix=0.5),
-            start_size=24,
             epochs=44,
-            batch_size=64,
-            optimizer="muon",
             lr=0.005,
             muon_lr=0.005,
-            warmup=0.05,
-            weight_decay=0.02,
-            ema_decay=0.999,
             seed=2,
         ),
         source="ours: a sixth cycle, begun with what `cpu-5` ended with (--init), with mixup and cutmix in place of erasing",
@@ -153,65 +151,26 @@ PRESETS: dict[str, Preset] = {
         result="94.61 % on the test set, one run",
     ),
     "cpu-7": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=_MIXED,
-            start_size=24,
-            epochs=46,
-            batch_size=64,
-            optimizer="muon",
-            lr=0.005,
-            muon_lr=0.005,
-            warmup=0.05,
-            weight_decay=0.02,
-            ema_decay=0.999,
-            seed=3,
-        ),
+        replace(_CYCLE, epochs=46, lr=0.005, muon_lr=0.005, seed=3),
         source="ours: a seventh cycle, begun with what `cpu-6` ended with (--init), its last fifth without mixing",
         cost="127 minutes on two Zen 5 cores, bf16, beside other work (285 images a second at 32 px)",
         result="94.95 % on the test set, one run (1.6.0)",
     ),
     "cpu-8": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=_MIXED,
-            start_size=24,
-            epochs=26,
-            batch_size=64,
-            optimizer="muon",
-            lr=0.004,
-            muon_lr=0.004,
-            warmup=0.05,
-            weight_decay=0.02,
-            label_smoothing=0.0,
-            distill_weight=0.8,
-            distill_temperature=2.0,
-            ema_decay=0.999,
-            seed=5,
-        ),
+        replace(_TAUGHT, epochs=26, lr=0.004, muon_lr=0.004, seed=5),
         source="ours: an eighth cycle, begun with what `cpu-7` ended with (--init), learning from `accurate` (--teacher)",
         cost="114 minutes on two Zen 5 cores, bf16, beside other work (180 to 220 images a second at 32 px, with the teacher)",
         result="95.55 % on the test set, one run (1.7.0)",
     ),
     "cpu-9": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
-            augment=_MIXED,
+        replace(
+            _TAUGHT,
             image_size=38,
             train_size=36,
-            start_size=24,
             resample="bicubic",
             epochs=23,
-            batch_size=64,
-            optimizer="muon",
             lr=0.004,
             muon_lr=0.004,
-            warmup=0.05,
-            weight_decay=0.02,
-            label_smoothing=0.0,
-            distill_weight=0.8,
-            distill_temperature=2.0,
-            ema_decay=0.999,
             seed=6,
         ),
         source="ours: a ninth cycle, begun with what `cpu-8` ended with (--init), on pictures enlarged to 36 px for a view of 38 "
@@ -220,24 +179,15 @@ PRESETS: dict[str, Preset] = {
         result="95.81 % on the test set, one run, looking at 38 px (1.8.0); `cpu-10` goes on from there",
     ),
     "cpu-10": Preset(
-        TrainConfig(
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=7, patch_size=2),
+        replace(
+            _TAUGHT,
             augment=replace(_MIXED, mix_until=1.0),
             view_size=38,
             train_size=36,
-            start_size=24,
             resample="bicubic",
             epochs=24,
-            batch_size=64,
-            optimizer="muon",
             lr=0.004,
             muon_lr=0.004,
-            warmup=0.05,
-            weight_decay=0.02,
-            label_smoothing=0.0,
-            distill_weight=0.8,
-            distill_temperature=2.0,
-            ema_decay=0.999,
             seed=8,
         ),
         source="ours: a tenth cycle, begun with what `cpu-9` ended with (--init), learning from the mean of `cpu-accurate-2` and "
@@ -246,20 +196,15 @@ PRESETS: dict[str, Preset] = {
         result="95.88 % on the test set, one run, looking at 38 px: `fast` (docs/models/fast.md)",
     ),
     "cpu-accurate": Preset(
-        TrainConfig(
+        replace(
+            _CYCLE,
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
-            augment=_MIXED,
             image_size=48,
             start_size=32,
             epochs=23,
-            batch_size=64,
-            optimizer="muon",
             lr=0.004,
             muon_lr=0.004,
-            warmup=0.05,
-            weight_decay=0.02,
             label_smoothing=0.05,
-            ema_decay=0.999,
             seed=4,
         ),
         source="ours: what `cpu-7` ended with (--init), its kernels grown to 9, on pictures enlarged to 48 px (arXiv 1906.06423)",
@@ -267,7 +212,8 @@ PRESETS: dict[str, Preset] = {
         result="95.38 % on the test set, one run; 95.69 % looking at 52 px; `cpu-accurate-2` goes on from there",
     ),
     "cpu-accurate-2": Preset(
-        TrainConfig(
+        replace(
+            _TAUGHT,
             model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
             augment=replace(_MIXED, mix_until=1.0),
             view_size=52,
@@ -275,16 +221,8 @@ PRESETS: dict[str, Preset] = {
             start_size=28,
             resample="bicubic",
             epochs=16,
-            batch_size=64,
-            optimizer="muon",
             lr=0.003,
             muon_lr=0.003,
-            warmup=0.05,
-            weight_decay=0.02,
-            label_smoothing=0.0,
-            distill_weight=0.8,
-            distill_temperature=2.0,
-            ema_decay=0.999,
             seed=7,
         ),
         source="ours: a second cycle of `cpu-accurate`, begun with what it ended with (--init), on bicubic pictures of up to "
