@@ -11,7 +11,7 @@ from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeAlias, cast
+from typing import Self, TypeAlias
 
 import httpx
 
@@ -150,7 +150,8 @@ class AsyncClient:
             pictures: at least one.
             wanted: parameters.
         """
-        steps, reply = exchange(pictures, wanted, self._contact), cast("Reply", None)
+        steps = exchange(pictures, wanted, self._contact)
+        reply: Reply = None
         while True:
             try:
                 step = steps.send(reply)
