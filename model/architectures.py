@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from model import convmixer, mlp_mixer, vit
+from model import convmixer, mlp_mixer, resnet, vit
 from model.convmixer import ConvMixer, ConvMixerConfig
 from model.mlp_mixer import MLPMixer, MLPMixerConfig
+from model.resnet import ResNet, ResNetConfig
 from model.vit import ViT, ViTConfig
 
-ModelConfig = ConvMixerConfig | MLPMixerConfig | ViTConfig
-Network = ConvMixer | MLPMixer | ViT
+ModelConfig = ConvMixerConfig | MLPMixerConfig | ResNetConfig | ViTConfig
+Network = ConvMixer | MLPMixer | ResNet | ViT
 
 
 class _Architecture(NamedTuple):
@@ -27,6 +28,7 @@ class _Architecture(NamedTuple):
 _ARCHITECTURES = {
     "convmixer": _Architecture(ConvMixerConfig, ConvMixer, convmixer.count_macs),
     "mlp-mixer": _Architecture(MLPMixerConfig, MLPMixer, mlp_mixer.count_macs),
+    "resnet": _Architecture(ResNetConfig, ResNet, resnet.count_macs),
     "vit": _Architecture(ViTConfig, ViT, vit.count_macs),
 }
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, get_type_hints
 
 from model.architectures import ModelConfig, config_class, config_from_dict
 from model.convmixer import ConvMixerConfig
+from model.resnet import ResNetConfig
 from training.errors import ConfigError
 
 RGB: TypeAlias = tuple[float, float, float]
@@ -139,7 +140,7 @@ class TrainConfig:
             "patch_size must not exceed the image": self.model.patch_size
             <= min(self.seen_size, self.start_size or self.largest_size),
             "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, the other sizes 0": (
-                isinstance(self.model, ConvMixerConfig)
+                isinstance(self.model, ConvMixerConfig | ResNetConfig)
                 or {self.seen_size, self.largest_size, self.start_size or self.largest_size} == {self.model.image_size}
             ),
             "crop_scale must be in (0, 1]": 0 < self.augment.crop_scale <= 1,

@@ -29,7 +29,7 @@ class Muon(torch.optim.AdamW):
 
     Args:
         parameters: all of the network's, in its order.
-        matrices: those of them that Muon moves, [out, in] or [out, in, 1, 1].
+        matrices: those of them that Muon moves, [out, in] or [out, in, k, k], which is one of [out, in·k²].
         ratio: their learning rate, in multiples of the others'.
         momentum: of Muon, with Nesterov's correction.
         dtype: in which updates are orthogonalised; the authors use bfloat16.
@@ -71,11 +71,11 @@ class Muon(torch.optim.AdamW):
             average = state["momentum_buffer"].lerp_(matrix.grad, 1 - self.momentum)
             alike[matrix.shape].append((matrix, matrix.grad.lerp(average, self.momentum).flatten(1)))
             matrix.grad = None  # AdamW passes over what has none
-        for shape, pairs in alike.items():
+        for pairs in alike.values():
             updates = orthogonalize(torch.stack([u for _, u in pairs]), self.dtype)
             for (matrix, _), update in zip(pairs, updates, strict=True):
                 matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.add_(update.view_as(matrix), alpha=-rate * _RMS_OF_ADAM * math.sqrt(max(shape)))
+                matrix.add_(update.view_as(matrix), alpha=-rate * _RMS_OF_ADAM * math.sqrt(max(update.shape)))
         super().step()
 
 
@@ -99,11 +99,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of the 1 x 1 convolutions and linear layers between a network's first layer and its head."""
+    """Weights of the linear layers and ungrouped convolutions between a network's first layer and its head."""
     layers = [
         module
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)))
+        if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
         and not name.startswith(("stem", "head"))
     ]
     return [layer.weight for layer in layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from model.convmixer import ConvMixerConfig
+from model.resnet import ResNetConfig
 from training.config import AugmentConfig, TrainConfig
 from training.errors import ConfigError
 
@@ -230,6 +231,27 @@ PRESETS: dict[str, Preset] = {
         "the end",
         cost="112 minutes on two Zen 5 cores, bf16, beside other work (95 to 105 images a second at 48 px, with both teachers)",
         result="95.93 % on the test set, one run: `accurate` (docs/models/accurate.md)",
+    ),
+    "cpu-teacher": Preset(
+        replace(
+            _TAUGHT,
+            model=ResNetConfig(hidden_dim=64, depth=2, stages=3, patch_size=1),
+            augment=replace(_MIXED, mix_until=1.0),
+            view_size=36,
+            train_size=32,
+            resample="bicubic",
+            epochs=34,
+            batch_size=128,
+            lr=0.006,
+            muon_lr=0.006,
+            weight_decay=0.03,
+            distill_weight=0.5,
+            seed=10,
+        ),
+        source="ours: a dense network (2.8 M parameters) from the start, to tell `fast` and `accurate` what they do not know "
+        "from each other; learns half from the labels, half from `cpu-10` (--teacher)",
+        cost="TODO",
+        result="TODO",
     ),
     "small": Preset(
         TrainConfig(

@@ -243,7 +243,7 @@ def _color(run: dict[str, Any], reference: str) -> str:
     architecture = run["config"]["model"]["architecture"]
     if architecture == "convmixer":
         return "#2563eb" if run["cell"] == reference else "#93c5fd"
-    return {"vit": "#d97706", "mlp-mixer": "#059669"}[architecture]
+    return {"vit": "#d97706", "mlp-mixer": "#059669", "resnet": "#7c3aed"}[architecture]
 
 
 def _draw_bars(study: dict[str, Any], path: Path) -> None:

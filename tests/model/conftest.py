@@ -69,7 +69,7 @@ def released(random_net: Callable[..., Network]) -> Callable[..., Checkpoint]:
             },
             "code_version": "0.0.test",
         }
-        means = torch.randn(len(classes), net.config.hidden_dim, generator=torch.Generator().manual_seed(5))
+        means = torch.randn(len(classes), net.head.in_features, generator=torch.Generator().manual_seed(5))
         return Checkpoint({**net.state_dict(), CLASS_MEANS: means}, description)
 
     return build

@@ -15,21 +15,23 @@ from timm.models.mlp_mixer import MlpMixer as TimmMixer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import VisionTransformer
+from torchvision.models import VisionTransformer, resnet18
 
 from model.architectures import ModelConfig, build_network, config_from_dict, count_macs
 from model.checkpoint import Checkpoint, build_model, load_checkpoint
 from model.convmixer import ConvMixerConfig
 from model.export import export
 from model.mlp_mixer import MLPMixer, MLPMixerConfig
+from model.resnet import ResNet, ResNetConfig
 from model.vit import ViT, ViTConfig
 
 MIXER = MLPMixerConfig(hidden_dim=24, depth=2, token_mlp_dim=12, channel_mlp_dim=96, patch_size=4, num_classes=7)
 VIT = ViTConfig(hidden_dim=24, depth=2, heads=3, mlp_dim=40, patch_size=8, num_classes=7)
+RESNET = ResNetConfig(hidden_dim=8, depth=2, stages=2, patch_size=2, num_classes=7)
 CONVMIXER = ConvMixerConfig(
     hidden_dim=16, depth=2, kernel_size=3, patch_size=4, residual="both", norm="layernorm", activation="relu"
 )
-EVERY = pytest.mark.parametrize("config", [CONVMIXER, MIXER, VIT], ids=lambda config: config.name)
+EVERY = pytest.mark.parametrize("config", [CONVMIXER, MIXER, VIT, RESNET], ids=lambda config: config.name)
 
 
 def shaken(net: nn.Module) -> nn.Module:
@@ -65,6 +67,26 @@ def test_vit_is_torchvisions_without_the_class_token() -> None:
     torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_resnet_is_torchvisions_behind_a_patch_embedding() -> None:
+    ours = shaken(ResNet(ResNetConfig(hidden_dim=64, depth=2, stages=4, patch_size=2)))
+    theirs = resnet18(num_classes=10).eval()
+    for number, block in enumerate(ours.blocks):
+        getattr(theirs, f"layer{number // 2 + 1}")[number % 2].load_state_dict(block.state_dict())
+    theirs.conv1, theirs.bn1, theirs.relu = ours.stem  # type: ignore[assignment]
+    theirs.maxpool = nn.Identity()  # type: ignore[assignment]
+    theirs.fc.load_state_dict(ours.head.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    expected = theirs(images)
+    torch.testing.assert_close(ours(images) / expected.abs().max(), expected / expected.abs().max(), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_a_new_resnet_change_nothing() -> None:
+    """As arXiv 1706.02677 begins: a block without a shortcut is the identity on what a ReLU has left."""
+    network = ResNet(ResNetConfig(hidden_dim=8, depth=3, stages=1)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(network.forward_features(images), network.stem(images))
+
+
 @EVERY
 def test_multiply_accumulates_are_what_torch_counts(config: ModelConfig) -> None:
     network = build_network(config).train()  # in evaluation, attention is one fused operator that is not counted
@@ -78,15 +100,15 @@ def test_features_keep_the_places_of_the_image(config: ModelConfig) -> None:
     """Only one cell changes when the network mixes nothing and one patch of the image changes: heat maps are not shuffled."""
     network = build_network(config).eval()
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if isinstance(module, nn.Conv2d) and module.padding != (0, 0):
             nn.init.zeros_(module.weight)
         if isinstance(module, nn.MultiheadAttention):
             nn.init.zeros_(module.out_proj.weight)
     if isinstance(network, MLPMixer):
         for block in network.blocks:
             nn.init.zeros_(block.mlp_tokens.fc2.weight)  # type: ignore[union-attr,arg-type]
-    p = config.patch_size
     images = torch.zeros(2, 3, 32, 32)
+    p = 32 // network.forward_features(images).shape[-1]
     images[1, :, 2 * p : 3 * p, p : 2 * p] = torch.randn(3, p, p)
     before, after = network.forward_features(images)
     changed = (before - after).abs().amax(0) > 1e-5
@@ -111,12 +133,14 @@ def test_names_tell_what_is_not_the_papers() -> None:
     assert CONVMIXER.name == "convmixer-16-2-k3-p4-residual-both-layernorm-relu"
     assert MIXER.name == "mlp-mixer-24-2-t12-c96-p4"
     assert VIT.name == "vit-24-2-h3-m40-p8"
+    assert RESNET.name == "resnet-8-2-s2-p2"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"architecture": "resnet"}, "unknown architecture 'resnet'; known: convmixer, mlp-mixer, vit"),
+        ({"architecture": "swin"}, "unknown architecture 'swin'; known: convmixer, mlp-mixer, resnet, vit"),
+        ({"architecture": "resnet", "stages": 0}, "ResNetConfig.stages must be a positive integer"),
         ({"architecture": "vit", "kernel_size": 3}, "unknown vit settings: kernel_size"),
         ({"architecture": "vit", "heads": 3}, "hidden_dim 128 must be a multiple of heads 3"),
         ({"architecture": "vit", "patch_size": 5}, "image_size 32 must be a multiple of patch_size 5"),
@@ -147,7 +171,7 @@ def test_every_architecture_is_exported_with_exact_class_maps(
     assert export(checkpoint, images, path, {}).top1_equal == 20
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     logits, maps = session.run(["logits", "class_maps"], {"images": images[:5]})
-    cells = 32 // config.patch_size
+    cells = build_network(config).eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[-1]
     assert maps.shape == (5, 7, cells, cells)
     np.testing.assert_allclose(maps.mean((2, 3)) + checkpoint.tensors["head.bias"].numpy(), logits, atol=1e-4)
     assert len(set(logits.argmax(1))) > 1 or np.ptp(logits) > 0.1

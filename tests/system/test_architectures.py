@@ -1,4 +1,4 @@
-"""A ViT and an MLP-Mixer go the way of a ConvMixer, unchanged: train → evaluate → export → serve → the same answers."""
+"""A ViT, an MLP-Mixer and a ResNet go the way of a ConvMixer, unchanged: train → evaluate → export → serve → the same answers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from training.train import train
 NETWORKS = {
     "vit": {"model.heads": "4", "model.mlp_dim": "64"},
     "mlp-mixer": {"model.token_mlp_dim": "16", "model.channel_mlp_dim": "64"},
+    "resnet": {"model.stages": "2"},
 }
 SMALL = {
     "model.hidden_dim": "32",

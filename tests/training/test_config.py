@@ -38,7 +38,9 @@ def test_paper_is_the_papers_network() -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ConfigError, match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, small, "):
+    with pytest.raises(
+        ConfigError, match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, cpu-teacher, small, "
+    ):
         get_preset("tiny")
 
 
@@ -69,7 +71,7 @@ def test_only_the_number_of_classes_is_not_chosen() -> None:
     fields = {f"model.{name}" for name in vars(ConvMixerConfig())} | {f"augment.{name}" for name in vars(AugmentConfig())}
     fields |= vars(TrainConfig()).keys() - {"model", "augment"}
     assert fields - set(settable_fields()) == {"model.num_classes"}
-    for architecture in ("convmixer", "vit", "mlp-mixer"):
+    for architecture in ("convmixer", "vit", "mlp-mixer", "resnet"):
         with pytest.raises(ConfigError, match=r"model\.num_classes cannot be set: it is the number of classes in the data"):
             TrainConfig().override({"model.architecture": architecture, "model.num_classes": "10"})
 
@@ -87,8 +89,8 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
     assert config.override({"model.architecture": "convmixer"}).model == ConvMixerConfig(hidden_dim=64, depth=8, patch_size=2)
     with pytest.raises(ConfigError, match=r"unknown setting 'model\.kernel_size'; known: .*model\.heads"):
         config.override({"model.kernel_size": "3"})
-    with pytest.raises(ConfigError, match="unknown architecture 'resnet'; known: convmixer, mlp-mixer, vit"):
-        config.override({"model.architecture": "resnet"})
+    with pytest.raises(ConfigError, match="unknown architecture 'swin'; known: convmixer, mlp-mixer, resnet, vit"):
+        config.override({"model.architecture": "swin"})
     for name, value in (("start_size", "16"), ("image_size", "64")):
         with pytest.raises(ConfigError, match=r"model\.image_size must be image_size, the other sizes 0"):
             config.override({name: value})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from model.architectures import build_network
 from model.convmixer import ConvMixer, ConvMixerConfig
+from model.resnet import ResNetConfig
 from model.vit import ViTConfig
 from training.muon import Muon, hidden_matrices, orthogonalize
 
@@ -69,3 +72,22 @@ def test_other_architectures_have_matrices_too() -> None:
     shapes = [tuple(matrix.shape) for matrix in hidden_matrices(net)]
     assert shapes
     assert all(min(shape) >= 24 for shape in shapes), "the head is not one of them"
+
+
+def test_a_dense_convolution_is_a_matrix_from_all_that_it_reads() -> None:
+    """[out, in, 3, 3] is moved as [out, 9 · in], and its elements as far as Adam's."""
+    net = build_network(ResNetConfig(hidden_dim=8, depth=1, stages=2, patch_size=2))
+    matrices = hidden_matrices(net)
+    assert [tuple(m.shape) for m in matrices] == [(8, 8, 3, 3), (8, 8, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (16, 8, 1, 1)]
+    optimizer = Muon(net.parameters(), matrices, ratio=2.0, momentum=0.9, lr=0.01, weight_decay=0.0)
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # in the first, blocks are the identity: their first convolutions have no gradient
+        before = [matrix.detach().clone() for matrix in matrices]
+        nn.functional.cross_entropy(net(images), torch.arange(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for matrix, old in zip(matrices, before, strict=True):
+        update = (matrix.detach() - old).flatten(1)
+        values = torch.linalg.svdvals(update / (0.02 * 0.2 * math.sqrt(max(update.shape))))
+        assert values.max() < 1.3
+        assert values.median() > 0.6
