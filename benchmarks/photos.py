@@ -10,7 +10,8 @@ test images do). The scores, all higher for what the model knows:
 - max_probability: the largest calibrated probability (arXiv 1610.02136);
 - energy: log Σ exp of the calibrated logits (arXiv 2010.03759);
 - feature_distance: cosine to the 50th nearest of 5,000 training features (arXiv 2204.06507), from the network itself;
-- feature_similarity: cosine to the nearest class's mean features, which the artifact computes.
+- feature_cosine: cosine to the nearest class's mean features, from the network itself;
+- feature_similarity: the same after whitening, which the artifact computes (model/similarity.py).
 """
 
 from __future__ import annotations
@@ -26,17 +27,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from app.engine.artifact import read_verified
 from app.engine.session import Session
 from app.errors import ServiceError
 from app.images import DecodeLimits, ResizeRule, decode_image
 from model.architectures import Network
-from model.checkpoint import build_model, load_checkpoint
-from training.augment import preprocessing
+from model.checkpoint import build_model, build_similarity, load_checkpoint
 from training.config import TrainConfig
-from training.data import load_images
+from training.data import ImageSet, load_images
+from training.evaluate import compute_outputs
 
 NEIGHBOURS = 50
 OTHER = "other"
@@ -57,12 +57,13 @@ def main() -> None:
     session = Session(read_verified(options.artifact), "cpu")
     names, temperature = session.metadata.classes, session.metadata.temperature
     checkpoint = load_checkpoint(options.checkpoint)
-    network = build_model(checkpoint).to(memory_format=torch.channels_last)
+    network = build_model(checkpoint)
+    means = F.normalize(build_similarity(checkpoint).class_means)
     config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
     size = (config.image_size, config.resample)
     bank = F.normalize(features(network, load_images(options.data, "train", *size).images[::10], config))
     known = load_images(options.data, "test", *size).images
-    known_scores = scores(session, network, config, known.permute(0, 2, 3, 1).contiguous().numpy(), temperature, bank)
+    known_scores = scores(session, network, config, known.permute(0, 2, 3, 1).contiguous().numpy(), temperature, bank, means)
 
     files = sorted(p for p in options.photos.glob("*/*") if p.parent.name in (*names, OTHER))
     print(f"{len(files)} photos, {sum(p.parent.name == OTHER for p in files)} of them {OTHER}; {len(known):,} test images")
@@ -74,7 +75,7 @@ def main() -> None:
         is_other = np.array([folder == OTHER for folder in folders])
         right = np.array([names[p] == folder for p, folder in zip(predicted, folders, strict=True)])
         row: dict[str, object] = {"mode": mode, "filter": method, "accuracy": float(right[~is_other].mean())}
-        for name, values in scores(session, network, config, pixels[is_other], temperature, bank).items():
+        for name, values in scores(session, network, config, pixels[is_other], temperature, bank, means).items():
             row[name] = {"auroc": auroc(known_scores[name], values), "fpr95": fpr95(known_scores[name], values)}
         rows.append(row)
         described = "  ".join(f"{k} {v['auroc']:.3f} / {v['fpr95']:.1%}" for k, v in row.items() if isinstance(v, dict))
@@ -96,12 +97,10 @@ def decode_all(files: list[Path], rule: ResizeRule) -> tuple[NDArray[np.uint8], 
     return np.stack(pixels), folders
 
 
-@torch.inference_mode()
 def features(network: Network, images: Tensor, config: TrainConfig) -> Tensor:
     """Pooled features before the head: uint8 [N, 3, S, S] → float32 [N, h]."""
-    normalize = preprocessing(config)
-    batches = tqdm(images.split(250), desc="features", leave=False)
-    return torch.cat([network.forward_features(normalize(batch)).mean((2, 3)) for batch in batches])
+    unlabelled = ImageSet(images, torch.zeros(len(images), dtype=torch.int64), [])
+    return compute_outputs(network, unlabelled, config, torch.device("cpu"), progress=True)[1]
 
 
 def scores(
@@ -111,20 +110,22 @@ def scores(
     pixels: NDArray[np.uint8],
     temperature: float,
     bank: Tensor,
+    means: Tensor,
 ) -> dict[str, NDArray[np.float64]]:
     """Every score of uint8 [N, S, S, 3]."""
     parts = np.array_split(pixels, max(1, len(pixels) // 64))
     answers = [session.infer(part) for part in parts]
     logits = torch.from_numpy(np.concatenate([answer.logits for answer in answers])).double() / temperature
-    class_means = np.concatenate([answer.similarity for answer in answers if answer.similarity is not None])
+    whitened = np.concatenate([answer.similarity for answer in answers if answer.similarity is not None])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     own = F.normalize(features(network, images, config))
-    similarity = torch.cat([(part @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1] for part in own.split(500)])
+    nearest = torch.cat([(part @ bank.T).topk(NEIGHBOURS, dim=1).values[:, -1] for part in own.split(500)])
     return {
         "max_probability": logits.softmax(1).amax(1).numpy(),
         "energy": logits.logsumexp(1).numpy(),
-        "feature_distance": similarity.double().numpy(),
-        "feature_similarity": class_means.astype(np.float64),
+        "feature_distance": nearest.double().numpy(),
+        "feature_cosine": (own @ means.T).amax(1).double().numpy(),
+        "feature_similarity": whitened.astype(np.float64),
     }
 
 

@@ -21,10 +21,14 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from model.architectures import Network, build_network, config_from_dict
+from model.similarity import FeatureSimilarity
 
 FORMAT = "convmixer-checkpoint/1"
-CLASS_MEANS = "class_means"
-"""Tensor of a released checkpoint beside the network's: mean pooled features of each class's training images, [C, h]."""
+SIMILARITY = "similarity."
+"""Prefix of the tensors of `model.similarity`, which a released checkpoint has beside the network's."""
+
+_CLASS_MEANS = "class_means"
+"""What releases up to 1.9.0 had in their place."""
 
 
 class CheckpointError(Exception):
@@ -99,10 +103,31 @@ def build_model(checkpoint: Checkpoint) -> Network:
     """
     try:
         model = build_network(config_from_dict(checkpoint.description["model"]))
-        model.load_state_dict({name: tensor for name, tensor in checkpoint.tensors.items() if name != CLASS_MEANS})
+        model.load_state_dict(network_weights(checkpoint))
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"not a model checkpoint: {error}") from error
     return model.eval()
+
+
+def network_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The state dict of a released checkpoint's network, without what calibration has added."""
+    beside = (SIMILARITY, _CLASS_MEANS)
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(beside)}
+
+
+def build_similarity(checkpoint: Checkpoint) -> FeatureSimilarity:
+    """The similarity of a released checkpoint.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    found = {name.removeprefix(SIMILARITY): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(SIMILARITY)}
+    if not found:
+        raise CheckpointError("the checkpoint does not say what its features are like; run `convmixer-train calibrate` on it")
+    classes, width = found["class_means"].shape
+    similarity = FeatureSimilarity(width, classes)
+    similarity.load_state_dict(found)
+    return similarity
 
 
 def _write_copy(path: Path, description: dict[str, Any]) -> None:

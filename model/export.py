@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.architectures import Network, count_macs
-from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
+from model.checkpoint import Checkpoint, build_model, build_similarity
 from model.enlarge import Enlarge
 from model.errors import ExportError
+from model.similarity import FeatureSimilarity
 
 CONTRACT = "convmixer-artifact/1"
 METADATA_KEY = "convmixer"
@@ -40,17 +41,19 @@ class Servable(nn.Module):
 
     Args:
         model: a trained network.
-        class_means: see `model.checkpoint.CLASS_MEANS`, float [C, h].
+        similarity: of its features.
         mean: per-channel mean of pixels in [0, 1] that the network was trained with.
         std: per-channel standard deviation, likewise.
         enlarge: what the network does with pixels in 0..255 before it looks at them.
     """
 
-    def __init__(self, model: Network, class_means: Tensor, mean: list[float], std: list[float], enlarge: nn.Module) -> None:
+    def __init__(
+        self, model: Network, similarity: FeatureSimilarity, mean: list[float], std: list[float], enlarge: nn.Module
+    ) -> None:
         super().__init__()
         self.model = model
         self.enlarge = enlarge
-        self.directions = nn.Parameter(nn.functional.normalize(class_means))
+        self.similarity = similarity
         # conv(w, (x/255 - mean)/std) = conv(w/(255·std), x) - Σ w·mean/std, since a stride-p patch has no padding
         scale = 1 / torch.tensor(std).view(1, -1, 1, 1)
         shift = torch.tensor(mean).view(1, -1, 1, 1)
@@ -63,13 +66,12 @@ class Servable(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """uint8 [N, S, S, 3], RGB → logits float32 [N, C], class maps float32 [N, C, V/p, V/p], similarity float32 [N].
 
-        logits = mean over positions of class maps + bias; similarity is `training.metrics.feature_similarity`.
+        logits = mean over positions of class maps + bias.
         """
         features = self.model.forward_features(self.enlarge(images.permute(0, 3, 1, 2).float()))
         class_maps = nn.functional.conv2d(features, self.model.head.weight[:, :, None, None])
         pooled = features.mean((2, 3))
-        similarity = (nn.functional.normalize(pooled) @ self.directions.T).amax(1)
-        return self.model.head(pooled), class_maps, similarity
+        return self.model.head(pooled), class_maps, self.similarity(pooled)
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ def export(
         The parity that was measured; it is part of the artifact's metadata too.
 
     Raises:
-        ExportError: the answers differ, or the checkpoint has no class means; nothing is written.
+        CheckpointError: the checkpoint was calibrated before there was a `model.similarity`; nothing is written.
+        ExportError: the answers differ; nothing is written.
     """
-    if CLASS_MEANS not in checkpoint.tensors:
-        raise ExportError("the checkpoint has no class means; run `convmixer-train calibrate` on it")
+    similarity = build_similarity(checkpoint)
     description = checkpoint.description
     view = _view(description)
     reference = build_model(checkpoint)
@@ -125,8 +127,8 @@ def export(
     }
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         draft = Path(folder) / output.name
-        _write_graph(build_model(checkpoint), checkpoint.tensors[CLASS_MEANS], description, draft)
-        parity = check_parity(draft, reference, checkpoint.tensors[CLASS_MEANS], description, images)
+        _write_graph(build_model(checkpoint), similarity, description, draft)
+        parity = check_parity(draft, reference, similarity, description, images)
         complete["parity"] = asdict(parity)
         publish(draft, complete, output)
     return parity
@@ -174,10 +176,10 @@ def _enlargement(description: dict[str, Any], white: float) -> nn.Module:
     return nn.Identity() if view == side else Enlarge(side, view, description["resample"], white)
 
 
-def _write_graph(model: Network, class_means: Tensor, description: dict[str, Any], path: Path) -> None:
+def _write_graph(model: Network, similarity: FeatureSimilarity, description: dict[str, Any], path: Path) -> None:
     side = description["image_size"]
     mean, std = description["normalize_mean"], description["normalize_std"]
-    servable = Servable(model, class_means, mean, std, _enlargement(description, white=255.0)).eval()
+    servable = Servable(model, similarity, mean, std, _enlargement(description, white=255.0)).eval()
     example = torch.zeros((2, side, side, 3), dtype=torch.uint8)
     program = torch.onnx.export(
         servable,
@@ -205,7 +207,7 @@ def _write_graph(model: Network, class_means: Tensor, description: dict[str, Any
 
 @torch.inference_mode()
 def check_parity(
-    path: Path, reference: Network, class_means: Tensor, description: dict[str, Any], images: NDArray[np.uint8]
+    path: Path, reference: Network, similarity: FeatureSimilarity, description: dict[str, Any], images: NDArray[np.uint8]
 ) -> ParityReport:
     """Compares onnxruntime with PyTorch on small batches and on every image given.
 
@@ -221,12 +223,12 @@ def check_parity(
     difference, similarity_difference, equal, compared = 0.0, 0.0, 0, 0
     for number, chunk in enumerate(chunks):
         outputs = session.run(["logits", "class_maps", "similarity"], {"images": chunk})
-        logits, class_maps, similarity = (np.asarray(output) for output in outputs)
+        logits, class_maps, cosines = (np.asarray(output) for output in outputs)
         pixels = enlarge(torch.from_numpy(chunk).permute(0, 3, 1, 2).float() / 255)
         features = reference.forward_features((pixels - mean) / std)
         expected = reference.forward_head(features).numpy()
-        cosines = nn.functional.cosine_similarity(features.mean((2, 3))[:, None], class_means[None], dim=2).amax(1)
-        similarity_difference = max(similarity_difference, float(np.abs(similarity - cosines.numpy()).max()))
+        apart = float(np.abs(cosines - similarity(features.mean((2, 3))).numpy()).max())
+        similarity_difference = max(similarity_difference, apart)
         difference = max(difference, float(np.abs(logits - expected).max()))
         from_maps = class_maps.mean((2, 3)) + reference.head.bias.numpy()
         if not np.allclose(from_maps, logits, atol=LOGIT_TOLERANCE):
@@ -240,5 +242,5 @@ def check_parity(
             f"top-1 equal on {equal} of {compared} images; no artifact was written"
         )
     if similarity_difference > LOGIT_TOLERANCE:
-        raise ExportError("the similarity is not the cosine to the nearest class mean")
+        raise ExportError(f"the similarity differs from PyTorch's by up to {similarity_difference:.2e}")
     return ParityReport(difference, compared, equal)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from model.architectures import config_from_dict
-from model.checkpoint import CLASS_MEANS, Checkpoint, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, build_model, load_checkpoint, network_weights, save_checkpoint
 from model.convmixer import ConvMixerConfig
 from model.grow import can_grow, grow
 from training.augment import preprocessing
@@ -82,7 +82,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_checkpoint(output, {**tensors, CLASS_MEANS: fitted.class_means}, description)
+    save_checkpoint(output, {**tensors, **fitted.tensors()}, description)
     accuracy: float = fitted.figures["accuracy"]
     return accuracy
 
@@ -105,7 +105,7 @@ def _check(path: Path, found: dict[str, Any], last: dict[str, Any], fingerprint:
 
 def _as_large(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, Tensor]:
     """A checkpoint's weights in the size of the last one's network."""
-    weights = {name: tensor for name, tensor in checkpoint.tensors.items() if name != CLASS_MEANS}
+    weights = network_weights(checkpoint)
     small, large = config_from_dict(checkpoint.description["model"]), config.model
     if isinstance(small, ConvMixerConfig) and isinstance(large, ConvMixerConfig) and small != large:
         return grow(weights, small, large, config.seed)

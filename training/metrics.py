@@ -38,18 +38,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return max(1.0, temperature) if bool((logits.argmax(1) == labels).all()) else temperature
 
 
-def feature_similarity(features: Tensor, class_means: Tensor) -> Tensor:
-    """Cosine of each image's features to those of the nearest class mean: float [N].
-
-    The class means tell what the 50 nearest training images tell (arXiv 2204.06507), at none of the cost: docs/training.md.
-
-    Args:
-        features: pooled, before the head, float [N, h].
-        class_means: float [C, h].
-    """
-    return (F.normalize(features) @ F.normalize(class_means).T).amax(1)
-
-
 def familiarity(logits: Tensor, temperature: float, similarity: Tensor) -> dict[str, Tensor]:
     """Scores that are higher for pictures like those of the training: name → float64 [N].
 

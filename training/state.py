@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.architectures import Network, config_from_dict
-from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from model.convmixer import ConvMixerConfig, count_parameters
 from model.grow import can_grow, grow
 from training import __version__
@@ -182,7 +182,7 @@ class TrainingState:
         ours, theirs = self.config.model, config_from_dict(found.description["model"])
         theirs = replace(theirs, num_classes=ours.num_classes)
         same_classes = found.description["classes"] == self.classes
-        weights = {k: v for k, v in found.tensors.items() if k != CLASS_MEANS and (same_classes or not k.startswith("head."))}
+        weights = {k: v for k, v in network_weights(found).items() if same_classes or not k.startswith("head.")}
         if isinstance(ours, ConvMixerConfig) and isinstance(theirs, ConvMixerConfig) and can_grow(theirs, ours):
             weights = grow(weights, theirs, ours, self.config.seed)
         elif ours != theirs:
@@ -254,7 +254,7 @@ class TrainingState:
             },
             "code_version": __version__,
         }
-        _write(self.released_path, {**model.state_dict(), CLASS_MEANS: calibration.class_means}, description)
+        _write(self.released_path, {**model.state_dict(), **calibration.tensors()}, description)
         return self.released_path
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from model.architectures import build_network, config_from_dict, count_macs
 from model.checkpoint import load_checkpoint
 from training import __version__
-from training.calibrate import CLASS_MEAN_IMAGES
+from training.calibrate import SIMILARITY_IMAGES
 from training.config import TrainConfig
 from training.data import ImageSet, load_images
 from training.errors import ConfigError, ResumeError, Stopped
@@ -315,6 +315,6 @@ def _estimate(study: Study, training: ImageSet, tests: int, output: Path, runtim
         step, forward = speeds[cell.name]
         held_out = len(training) * cell.config.val_fraction
         learnt = cell.config.epochs * (len(training) - held_out)
-        looked_at = (cell.config.epochs + 1) * held_out + min(CLASS_MEAN_IMAGES, len(training)) + tests
+        looked_at = (cell.config.epochs + 1) * held_out + min(SIMILARITY_IMAGES, len(training)) + tests
         seconds[cell.name] = learnt / step + looked_at / forward
     return seconds

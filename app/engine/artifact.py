@@ -26,7 +26,7 @@ class OutOfDistribution(BaseModel):
 
     `max_probability` is the largest probability (arXiv 1610.02136), `energy` the log of the sum of the exponentials of
     the logits after temperature scaling (arXiv 2010.03759, with the sign turned), `feature_similarity` the model's output
-    `similarity`: the cosine of the picture's features to the nearest class's mean (after arXiv 2204.06507).
+    `similarity`: the cosine of the picture's whitened features to the nearest class's mean (model/similarity.py).
     """
 
     score: Literal["max_probability", "energy", "feature_similarity"]

@@ -20,10 +20,11 @@ from PIL import Image
 from torch import nn
 
 from model import export as export_module
-from model.checkpoint import CLASS_MEANS, Checkpoint, build_model
+from model.checkpoint import SIMILARITY, Checkpoint, CheckpointError, build_model, build_similarity
 from model.convmixer import ConvMixer, count_macs
 from model.errors import ExportError
 from model.export import CONTRACT, METADATA_KEY, ParityReport, Servable, check_parity, export
+from model.similarity import FeatureSimilarity
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 Pixels = NDArray[np.uint8]
@@ -97,14 +98,17 @@ def test_logits_are_the_mean_of_the_class_maps_plus_the_bias(exported: Exported)
     np.testing.assert_allclose(maps.mean((2, 3)) + bias, logits, atol=1e-4)
 
 
-def test_similarity_is_the_cosine_to_the_nearest_class_mean(exported: Exported) -> None:
+def test_similarity_is_the_cosine_of_whitened_features_to_the_nearest_class_mean(exported: Exported) -> None:
     (similarity,) = exported.session().run(["similarity"], {"images": exported.images[:7]})
     description = exported.checkpoint.description
     mean, std = (np.array(description[key], dtype=np.float32) for key in ("normalize_mean", "normalize_std"))
     pixels = torch.from_numpy((exported.images[:7].astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.inference_mode():
         features = build_model(exported.checkpoint).forward_features(pixels).mean((2, 3)).numpy()
-    means = exported.checkpoint.tensors[CLASS_MEANS].numpy()
+    mean, whitening, means = (
+        exported.checkpoint.tensors[SIMILARITY + name].numpy() for name in ("mean", "whitening", "class_means")
+    )
+    features, means = (features - mean) @ whitening, (means - mean) @ whitening
     cosines = [[f @ m / np.linalg.norm(f) / np.linalg.norm(m) for m in means] for f in features]
     np.testing.assert_allclose(similarity, np.max(cosines, axis=1), atol=1e-4)
 
@@ -127,18 +131,26 @@ def test_a_network_enlarges_pictures_as_pillow_does(
     assert metadata["macs"] == count_macs(build_model(checkpoint).config, 38)
 
 
-def test_without_class_means_there_is_no_artifact(released: Callable[..., Checkpoint], photos: Photos, tmp_path: Path) -> None:
+def test_one_calibrated_as_up_to_1_9_0_has_to_be_calibrated_again(
+    released: Callable[..., Checkpoint], photos: Photos, tmp_path: Path
+) -> None:
     checkpoint = released(CLASSES, 32)
-    del checkpoint.tensors[CLASS_MEANS]
-    with pytest.raises(ExportError, match="convmixer-train calibrate"):
+    means = checkpoint.tensors[SIMILARITY + "class_means"]
+    for name in ("mean", "whitening", "class_means"):
+        del checkpoint.tensors[SIMILARITY + name]
+    checkpoint.tensors["class_means"] = means
+    with pytest.raises(CheckpointError, match="convmixer-train calibrate"):
         export(checkpoint, photos(3, 32), tmp_path / "net.onnx", {})
     assert not list(tmp_path.iterdir())
 
 
-def test_other_class_means_are_found(exported: Exported) -> None:
-    reference, means = build_model(exported.checkpoint), exported.checkpoint.tensors[CLASS_MEANS].flip(1)
-    with pytest.raises(ExportError, match="nearest class mean"):
-        check_parity(exported.path, reference, means, exported.checkpoint.description, exported.images)
+@pytest.mark.parametrize("part", ["mean", "whitening", "class_means"])
+def test_another_similarity_is_found(exported: Exported, part: str) -> None:
+    reference, similarity = build_model(exported.checkpoint), build_similarity(exported.checkpoint)
+    buffer = similarity.get_buffer(part)
+    buffer.mul_(torch.linspace(1, 2, buffer.shape[-1]))
+    with pytest.raises(ExportError, match="the similarity differs"):
+        check_parity(exported.path, reference, similarity, exported.checkpoint.description, exported.images)
 
 
 def test_metadata_says_everything(exported: Exported) -> None:
@@ -209,9 +221,9 @@ def damaged_copy(exported: Exported, folder: Path, change: Callable[[Any], Any])
 
 def test_a_graph_with_one_changed_weight_is_found(exported: Exported, tmp_path: Path) -> None:
     path = damaged_copy(exported, tmp_path, lambda bias: bias + np.float32(0.01))
-    means = exported.checkpoint.tensors[CLASS_MEANS]
+    similarity = build_similarity(exported.checkpoint)
     with pytest.raises(ExportError, match="not the mean of the class maps plus the bias"):
-        check_parity(path, build_model(exported.checkpoint), means, exported.checkpoint.description, exported.images)
+        check_parity(path, build_model(exported.checkpoint), similarity, exported.checkpoint.description, exported.images)
 
 
 def test_a_graph_of_other_weights_is_found(exported: Exported) -> None:
@@ -219,7 +231,7 @@ def test_a_graph_of_other_weights_is_found(exported: Exported) -> None:
     reference.stem.conv.weight.data.mul_(1.2)
     with pytest.raises(ExportError, match="onnxruntime differs from PyTorch: logits by up to"):
         check_parity(
-            exported.path, reference, exported.checkpoint.tensors[CLASS_MEANS], exported.checkpoint.description, exported.images
+            exported.path, reference, build_similarity(exported.checkpoint), exported.checkpoint.description, exported.images
         )
 
 
@@ -233,7 +245,7 @@ def test_folded_normalisation_equals_explicit_normalisation(
     normalized = (images.double().permute(0, 3, 1, 2) / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.inference_mode():
         expected = net(normalized.float())
-        logits, maps, _ = Servable(net, torch.ones(10, 16), mean, std, nn.Identity())(images)
+        logits, maps, _ = Servable(net, FeatureSimilarity(16, 10), mean, std, nn.Identity())(images)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(maps.mean((2, 3)) + net.head.bias, expected, atol=1e-4, rtol=1e-4)
 
@@ -243,7 +255,7 @@ def test_black_and_white_pixels_are_the_ends_of_the_range(random_net: Callable[.
     net = random_net(patch_size=2)
     with torch.inference_mode():
         black, white = (net(torch.full((1, 3, 8, 8), value)) for value in (-1.0, 1.0))
-        logits, *_ = Servable(net, torch.ones(10, 16), [0.5] * 3, [0.5] * 3, nn.Identity())(
+        logits, *_ = Servable(net, FeatureSimilarity(16, 10), [0.5] * 3, [0.5] * 3, nn.Identity())(
             torch.stack([torch.full((8, 8, 3), value, dtype=torch.uint8) for value in (0, 255)])
         )
     torch.testing.assert_close(logits, torch.cat([black, white]), atol=1e-5, rtol=1e-5)

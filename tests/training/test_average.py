@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.average import average
 from training.data import ImageSet, split_validation
@@ -32,11 +32,11 @@ def test_weights_are_averaged_and_the_rest_is_measured_anew(
     output = tmp_path / "new" / "model.safetensors"
     accuracy = average([trained, further], output, CIFAR10, "cpu")
     first, last, found = (load_checkpoint(path) for path in (trained, further, output))
-    weights = [name for name in found.tensors if name.endswith(("weight", "bias"))]
+    weights = [name for name in network_weights(found) if name.endswith(("weight", "bias"))]
     assert len(weights) > 10
     for name in weights:
         torch.testing.assert_close(found.tensors[name], (first.tensors[name] + last.tensors[name]) / 2)
-    measured = [name for name in found.tensors if name.endswith("running_mean")] + [CLASS_MEANS]
+    measured = [name for name in found.tensors if name.endswith("running_mean")] + ["similarity.class_means"]
     for name in measured:
         assert not torch.allclose(found.tensors[name], (first.tensors[name] + last.tensors[name]) / 2, rtol=1e-4, atol=1e-6), name
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import CLASS_MEANS, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import build_model, build_similarity, load_checkpoint, network_weights, save_checkpoint
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.augment import preprocessing
 from training.calibrate import recalibrate
@@ -20,20 +20,25 @@ from training.errors import DataError
 from training.train import train
 
 
-def test_class_means_are_those_of_the_training_slice(trained: Path, photos: ImageSet) -> None:
+def test_features_are_whitened_as_those_of_the_training_slice_are_spread(trained: Path, photos: ImageSet) -> None:
     checkpoint = load_checkpoint(trained)
     training, _ = split_validation(photos, TINY.val_fraction)
     with torch.inference_mode():
         features = build_model(checkpoint).forward_features(preprocessing(TINY)(training.images)).mean((2, 3))
+    found = build_similarity(checkpoint)
     expected = torch.stack([features[training.labels == number].mean(0) for number in range(10)])
-    torch.testing.assert_close(checkpoint.tensors[CLASS_MEANS], expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.class_means, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found.mean, features.mean(0), atol=1e-4, rtol=1e-3)
+    spread = features.T.cov(correction=0) + 0.1 * features.var(0, correction=0).mean() * torch.eye(features.shape[1])
+    torch.testing.assert_close(found.whitening @ spread @ found.whitening, torch.eye(features.shape[1]), atol=1e-3, rtol=0)
 
 
 def test_calibrating_again_restores_what_training_fitted(trained: Path, tmp_path: Path) -> None:
     fitted = load_checkpoint(trained)
     path = tmp_path / "model.safetensors"
-    without = {name: tensor for name, tensor in fitted.tensors.items() if name != CLASS_MEANS}
-    save_checkpoint(path, without, {**fitted.description, "calibration": {"temperature": 9.0, "thresholds": {}}})
+    means = fitted.tensors["similarity.class_means"]
+    as_up_to_1_9_0 = {**network_weights(fitted), "class_means": means}
+    save_checkpoint(path, as_up_to_1_9_0, {**fitted.description, "calibration": {"temperature": 9.0, "thresholds": {}}})
     recalibrate(path, CIFAR10, "cpu")
     found = load_checkpoint(path)
     torch.testing.assert_close(found.tensors, fitted.tensors)
@@ -70,7 +75,8 @@ def test_a_network_of_enlarged_pictures_takes_them_as_they_were(tmp_path: Path) 
     assert (config.image_size, config.view_size, config.train_size) == (32, 38, 36)
     native = load_images(CIFAR10, "train", 32)
     assert after.description["training"]["data_sha256"] == native.fingerprint()
-    torch.testing.assert_close(after.tensors[CLASS_MEANS], before.tensors[CLASS_MEANS], atol=0.02, rtol=0.02)
+    means = [build_similarity(checkpoint).class_means for checkpoint in (after, before)]
+    torch.testing.assert_close(*means, atol=0.02, rtol=0.02)
     for key in ("temperature", "accuracy"):
         assert after.description["calibration"][key] == pytest.approx(before.description["calibration"][key], rel=0.05)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.checkpoint import CLASS_MEANS, CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.checkpoint import SIMILARITY, CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training import train as train_module
@@ -234,7 +234,7 @@ def test_starts_with_the_weights_of_another_run_and_says_so(trained: Path, photo
     checkpoint = load_checkpoint(train(frozen, photos, tmp_path, QUIET, init=trained))
     before = load_checkpoint(trained)
     for name, weight in before.tensors.items():
-        if not name.endswith(("running_mean", "running_var", "num_batches_tracked", CLASS_MEANS)):
+        if not name.startswith(SIMILARITY) and not name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             assert torch.allclose(checkpoint.tensors[name], weight, atol=1e-6), name
     origin = checkpoint.description["training"]["init"]
     assert origin["name"] == before.description["name"]
@@ -311,8 +311,7 @@ def test_averaged_weights_are_released_when_averaging_is_on(animals: ImageSet, t
     for decay, group in ((0.9, "ema."), (0.0, "model.")):
         path = train(replace(TINY, ema_decay=decay), animals, tmp_path / str(decay), QUIET)
         last = load_checkpoint(path.with_name("last.safetensors")).tensors
-        released = load_checkpoint(path).tensors
-        del released[CLASS_MEANS]  # of the weights, not among them
+        released = network_weights(load_checkpoint(path))
         assert all(torch.equal(tensor, last[group + name]) for name, tensor in released.items())
 
 
@@ -493,8 +492,7 @@ def test_finish_releases_what_a_stopped_run_has_come_to(animals: ImageSet, inter
     last = (output / "last.safetensors").read_bytes()
     released = load_checkpoint(train(TINY, animals, output, QUIET, resume=True, finish=True))
     averaged = load_checkpoint(output / "last.safetensors").tensors
-    del released.tensors[CLASS_MEANS]
-    assert all(torch.equal(tensor, averaged["ema." + name]) for name, tensor in released.tensors.items())
+    assert all(torch.equal(tensor, averaged["ema." + name]) for name, tensor in network_weights(released).items())
     training = released.description["training"]
     assert (training["steps"], training["total_steps"], len(training["history"])) == (4, 6, 1)
     assert (output / "last.safetensors").read_bytes() == last, "the run can still be resumed"
