@@ -136,7 +136,7 @@ def calibrate(
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """Fit temperature and rejection thresholds anew on the held-out slice; `train` does it once at its end."""
+    """Measure anew what its features are like, and fit temperature and rejection thresholds; `train` does it once at its end."""
     from training.calibrate import recalibrate
 
     figures = recalibrate(checkpoint, data, _usable_device(device), view_size)
