@@ -250,8 +250,8 @@ PRESETS: dict[str, Preset] = {
         ),
         source="ours: a dense network (2.8 M parameters) from the start, to tell `fast` and `accurate` what they do not know "
         "from each other; learns half from the labels, half from `cpu-10` (--teacher)",
-        cost="TODO",
-        result="TODO",
+        cost="some 110 minutes for 29 of the 34 epochs on two Xeon cores with AMX, bf16 (190 to 330 images a second)",
+        result="95.16 % on the test set, one run, stopped after 29 epochs: `releases/teacher`",
     ),
     "small": Preset(
         TrainConfig(
