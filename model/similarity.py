@@ -2,7 +2,7 @@
 
 Features of a trained network are correlated: the differences between its classes take the most room, and what none of them has
 shows in what is left. So features are whitened first (arXiv 1512.00809), and then compared with each class's mean: no direction
-counts for more than another. Without the whitening strangers pass a third more often (docs/training.md).
+counts for more than another. Without the whitening strangers pass a quarter to a half more often (docs/training.md).
 """
 
 from __future__ import annotations
