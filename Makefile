@@ -38,7 +38,7 @@ evaluate: .venv/.dev  ## Measure RUN's checkpoint on the test set
 	$(BIN)/convmixer-train evaluate $(RUN)/model.safetensors $(DATA_OPTION)
 
 export: .venv/.dev  ## Make RUN's evaluated checkpoint the MODEL that ships, as VERSION: artifact, checkpoint, model card
-	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.10.0 PRESET=$(PRESET)" >&2; exit 1; }
+	@test -n "$(VERSION)" || { echo "give the model a new version: make export VERSION=1.12.0 PRESET=$(PRESET)" >&2; exit 1; }
 	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(DATA), DATA=$(DATA))$(if $(INIT), INIT=$(INIT))$(if $(TEACHER), TEACHER="$(TEACHER)")$(if $(SET), SET="$(SET)")'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION)
 	mkdir -p releases/$(MODEL)

@@ -75,15 +75,15 @@ class Upload:
 
 
 _EXAMPLE_ANSWER = {
-    "model": {"name": "fast", "version": "1.10.0"},
+    "model": {"name": "fast", "version": "1.11.0"},
     "predictions": [
         {
             "index": 0,
             "label": "cat",
-            "confidence": 0.9993,
+            "confidence": 0.9998,
             "in_distribution": True,
-            "in_distribution_score": 0.2318,
-            "top_k": [{"label": "cat", "probability": 0.9993}, {"label": "dog", "probability": 0.0003}],
+            "in_distribution_score": 0.2388,
+            "top_k": [{"label": "cat", "probability": 0.9998}, {"label": "dog", "probability": 0.00005}],
             "warnings": [],
         }
     ],
