@@ -281,6 +281,9 @@ def _draw_costs(study: dict[str, Any], path: Path) -> None:
             axes.annotate(name, (cost, found.mean), xytext=at, fontsize=7, va="center", arrowprops=line)
         axes.set(xscale="log", ylim=(low, high))
         axes.margins(x=0.2)
+        costs = [x for x, _ in labels]
+        if max(costs) < 1.5 * min(costs):  # where all cost alike, labels would be far outside
+            axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -20,7 +20,7 @@ from training.config import TrainConfig
 from training.data import ImageSet
 from training.errors import ConfigError, ResumeError, Stopped
 from training.study import STUDIES, balanced_subset, read_study, run_study
-from training.study_report import Estimate, difference, estimate, judge, judge_all, render_page, t_quantile
+from training.study_report import Estimate, difference, estimate, judge, judge_all, render_page, t_quantile, write_report
 
 TINY = """
 title = "Tiny"
@@ -231,3 +231,12 @@ def test_an_unfinished_study_says_so() -> None:
 def test_the_page_that_ships_is_what_its_results_say(repository: Path) -> None:
     results = json.loads((repository / "docs" / "study.json").read_text())
     assert (repository / "docs" / "study.md").read_text() == render_page(results)
+
+
+def test_networks_that_cost_the_same_are_drawn(tmp_path: Path) -> None:
+    written = json.loads((Path(__file__).parents[2] / "docs" / "study.json").read_text())
+    for number, run in enumerate(written["default"]["runs"]):
+        run["seconds"] = 0.5 + 0.0001 * (number % 2)
+    (tmp_path / "study.json").write_text(json.dumps(written))
+    write_report(tmp_path / "study.json", tmp_path / "study.md")
+    assert (tmp_path / "images" / "study-default-cost.png").stat().st_size > 0
