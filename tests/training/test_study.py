@@ -233,8 +233,8 @@ def test_the_page_that_ships_is_what_its_results_say(repository: Path) -> None:
     assert (repository / "docs" / "study.md").read_text() == render_page(results)
 
 
-def test_networks_that_cost_the_same_are_drawn(tmp_path: Path) -> None:
-    written = json.loads((Path(__file__).parents[2] / "docs" / "study.json").read_text())
+def test_networks_that_cost_the_same_are_drawn(repository: Path, tmp_path: Path) -> None:
+    written = json.loads((repository / "docs" / "study.json").read_text())
     for number, run in enumerate(written["default"]["runs"]):
         run["seconds"] = 0.5 + 0.0001 * (number % 2)
     (tmp_path / "study.json").write_text(json.dumps(written))
