@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ class Checkpoint:
     Attributes:
         tensors: by name; a training checkpoint has more than the model's (`model.`, `ema.`, `optimizer.` prefixes).
         description: plain JSON values.
+        path: of the file it was read from, for messages.
     """
 
     tensors: dict[str, Tensor]
     description: dict[str, Any]
+    path: Path | None = field(default=None, compare=False)
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -90,7 +92,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
         if header.get("format") != FORMAT:
             raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of format {FORMAT}")
-        return Checkpoint(tensors, json.loads(header["description"]))
+        return Checkpoint(tensors, json.loads(header["description"]), path)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
 
@@ -101,11 +103,14 @@ def build_model(checkpoint: Checkpoint) -> Network:
     Raises:
         CheckpointError: the description has no architecture or the weights do not fit it.
     """
+    where = checkpoint.path or "the checkpoint"
+    if "model" not in checkpoint.description:
+        raise CheckpointError(f"{where} describes no network, as a run in training does not; give its model.safetensors")
     try:
         model = build_network(config_from_dict(checkpoint.description["model"]))
         model.load_state_dict(network_weights(checkpoint))
     except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"not a model checkpoint: {error}") from error
+        raise CheckpointError(f"{where} does not hold the network that it describes: {error}") from error
     return model.eval()
 
 

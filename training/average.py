@@ -7,6 +7,7 @@ cycles lie around a flat region, and their mean, with batch normalisation measur
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
     network = build_model(Checkpoint(_mean(states), last))
     network = network.to(device).to(memory_format=torch.channels_last)
     normalize = preprocessing(config)
-    sample = training.images[torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed))]
-    batches = sample[:BATCH_NORM_IMAGES].split(_BATCH_SIZE)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(config.seed))[:BATCH_NORM_IMAGES]
+    # of equal size but for one image, as each counts the same, however small
+    batches = training.images[order].tensor_split(math.ceil(len(order) / _BATCH_SIZE))
     update_bn((normalize(batch.to(device)) for batch in batches), network)
 
     fitted = calibrate(network, training, validation, config, torch.device(device))

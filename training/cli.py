@@ -206,8 +206,14 @@ def study(
     ),
     budget: Annotated[str, typer.Option(help="One of the file's budgets, e.g. default or full.")] = "default",
     data: DataOption = None,
-    output: Annotated[Path, typer.Option(help="Folder of the runs; a sub-folder for each budget.")] = Path("runs/study"),
-    docs: Annotated[Path, typer.Option(help="Folder for study.json, study.md and images/study-*.png.")] = Path("docs"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the runs, one for each budget. Default: runs/study, for your FILE.toml runs/study-FILE."),
+    ] = None,
+    docs: Annotated[
+        Path | None,
+        typer.Option(help="Folder for study.json, study.md and images/study-*.png. Default: docs, for your own file OUTPUT."),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Stop after so many minutes with all saved; the same command goes on.")
     ] = None,
@@ -218,7 +224,10 @@ def study(
     from training.study import STUDIES, read_study, run_study
     from training.study_report import add_results, write_report
 
-    declared = read_study(file if file.suffix else STUDIES / f"{file}.toml", budget)
+    ships = not file.suffix
+    output = output or Path("runs/study" if ships else f"runs/study-{file.stem}")
+    docs = docs or (Path("docs") if ships else output)
+    declared = read_study(STUDIES / f"{file}.toml" if ships else file, budget)
     results = run_study(declared, data, output / budget, _runtime(device, precision), minutes=minutes)
     left = results["declared_runs"] - len(results["runs"])
     if results["runs"]:
@@ -260,7 +269,12 @@ def _usable_device(name: str | None) -> str:
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"--device takes cpu, cuda or cuda:N, not {name}")
+        torch.empty(0, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # whose name and precision are asked for later
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return name

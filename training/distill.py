@@ -91,5 +91,5 @@ def _check_fits(path: Path, found: dict[str, Any], config: TrainConfig, data: Im
     check_held_out(path, found, data, config.val_fraction)
     config.check_normalized_alike(path, found)
     size = found["model"].get("image_size")
-    if size and {size} != {config.largest_size, config.start_size or config.largest_size}:
-        raise ConfigError(f"the teacher {path} takes images of {size} pixels only; set image_size to that, and start_size to 0")
+    if size and config.start_size not in (0, config.largest_size):
+        raise ConfigError(f"the teacher {path} takes images of {size} pixels only, those of this run grow; set start_size to 0")

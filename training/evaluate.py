@@ -97,7 +97,6 @@ def compute_logits(
     return compute_outputs(model, data, config, device, progress=progress)[0]
 
 
-@torch.inference_mode()
 def compute_outputs(
     model: Network, data: ImageSet, config: TrainConfig, device: torch.device, *, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -106,17 +105,18 @@ def compute_outputs(
         keep_freed_memory()  # else half of the time goes into fetching it anew for every batch
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # else a GPU's float32 has ten bits of mantissa in convolutions
-    model.eval().to(device).to(memory_format=torch.channels_last)
+    model.eval().to(device).to(memory_format=torch.channels_last)  # not in inference mode: it may copy weights yet to be trained
     normalize = preprocessing(config)
     batches = tqdm(
         data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
     )
     logits, pooled = [], []
     try:
-        for batch in batches:
-            features = model.forward_features(normalize(batch.to(device)).contiguous(memory_format=torch.channels_last))
-            logits.append(model.forward_head(features).float().cpu())
-            pooled.append(features.mean((2, 3)).float().cpu())
+        with torch.inference_mode():
+            for batch in batches:
+                features = model.forward_features(normalize(batch.to(device)).contiguous(memory_format=torch.channels_last))
+                logits.append(model.forward_head(features).float().cpu())
+                pooled.append(features.mean((2, 3)).float().cpu())
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     return torch.cat(logits), torch.cat(pooled)

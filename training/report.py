@@ -84,7 +84,7 @@ def draw_curves(training: dict[str, Any], path: Path) -> None:
     history = training["history"]
     epochs = [row["epoch"] for row in history]
     shown = ["augmented"]
-    if training["config"]["label_smoothing"]:
+    if training["config"]["label_smoothing"] and not (_teachers(training) and training["config"]["distill_weight"] == 1):
         shown.append("smoothed labels")
     if _teachers(training):
         shown.append("distance to a teacher")

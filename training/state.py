@@ -116,9 +116,13 @@ class TrainingState:
             versions = f"{self.path} is from version {found['code_version']}, this is {__version__}"
             raise ResumeError(f"{versions}; remove it to start anew, or give another --output")
         if found.get("teachers", []) != self.teachers:
-            names = [" and ".join(t["name"] for t in ts) or "none" for ts in (found.get("teachers", []), self.teachers)]
+            names = [
+                " and ".join(f"{teacher['name']}, SHA-256 {teacher['sha256'][:12]}…" for teacher in teachers) or "none"
+                for teachers in (found.get("teachers", []), self.teachers)
+            ]
             raise ResumeError(
-                f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same file"
+                f"{self.path} had another teacher ({names[0]}) than this run ({names[1]}); give --teacher the same files, in the "
+                "same order, as they were then (`convmixer-train calibrate` rewrites one)"
             )
         self.code_changed = found.get("code_changed", False)
         if found.get("code_sha256") != self.code_sha256:
@@ -157,13 +161,13 @@ class TrainingState:
         """Where the released checkpoint lies, or will."""
         return self.path.with_name("model.safetensors")
 
-    def has_released(self, steps: int) -> bool:
-        """Whether a released checkpoint of so many steps lies beside that of the training."""
+    def has_released(self, progress: Progress) -> bool:
+        """Whether what lies beside the training checkpoint was released by this very run: the history has its times in it."""
         try:
             found = load_checkpoint(self.released_path).description
         except CheckpointError:
             return False
-        return bool(found.get("training", {}).get("steps") == steps)
+        return bool(found.get("training", {}).get("history") == progress.history)
 
     def start_from(self, path: Path) -> dict[str, Any]:
         """Copies a released checkpoint's weights into model and average; the head stays new where the classes differ.

@@ -76,6 +76,7 @@ class Study:
 
     Attributes:
         title: for people.
+        about: what its page says of the recipe.
         budget: name of the budget.
         reference: name of the cell that the others change in one factor.
         images: training images taken, the same share of each class; 0 takes all.
@@ -84,6 +85,7 @@ class Study:
     """
 
     title: str
+    about: str
     budget: str
     reference: str
     images: int
@@ -110,7 +112,8 @@ def read_study(path: Path, budget: str) -> Study:
             for name, model in models.items()
         ]
         claims = [Claim(**claim) for claim in declared["claims"]]
-        study = Study(declared["title"], budget, declared["reference"], chosen["images"], cells, claims)
+        about = declared.get("about", "")
+        study = Study(declared["title"], about, budget, declared["reference"], chosen["images"], cells, claims)
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(what if str(path) in what else f"{path}: {what}") from error
@@ -183,6 +186,7 @@ def collect(study: Study, output: Path) -> dict[str, Any]:
     runs = [result for cell in study.cells if (result := _load_result(output, cell))]
     return {
         "title": study.title,
+        "about": study.about,
         "reference": study.reference,
         "declared_runs": len(study.cells),
         "claims": [vars(claim) for claim in study.claims],

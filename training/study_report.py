@@ -113,19 +113,23 @@ def render_page(studies: dict[str, Any]) -> str:
     Args:
         studies: name of a budget → what `training.study.collect` returned, with at least one run.
     """
-    title = next(iter(studies.values()))["title"]
+    first = next(iter(studies.values()))
+    explanation = [
+        "Each network was trained once for each seed, with the same number of epochs and the same recipe.",
+        first["about"],
+        "± is the 95 % interval of the mean over seeds (Student's t): how well these seeds pin the mean down; the test images",
+        "are the same for all. A difference has Welch's interval.",
+        "A claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided*",
+        "otherwise. No interval is corrected for being one of several.",
+        "Seconds tell also what else the machine did; multiply-accumulates do not.",
+    ]
     sections = "\n".join(_section(budget, study) for budget, study in studies.items())
-    return f"""# {title}
+    return f"""# {first["title"]}
 
 Written by `convmixer-train study` from `study.json` beside it, which has every setting; do not edit. What is run and what is
-claimed is declared in `training/studies/`.
+claimed is declared in the study's TOML file; those that ship are in `training/studies/`.
 
-Each network was trained once for each seed, with the same number of epochs and the same recipe, made from this repository's CPU
-preset for ConvMixer: half its rate, the usual epsilon of AdamW, no label smoothing, erasing, growing images or averaged weights.
-It was tried on none of the others, which favours ConvMixer if any. ± is the 95 % interval of the mean over seeds
-(Student's t): how well these seeds pin the mean down; the test images are the same for all. A difference has Welch's interval. A
-claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided* otherwise.
-No interval is corrected for being one of several. Seconds tell also what else the machine did; multiply-accumulates do not.
+{_filled(explanation)}
 
 {sections}"""
 
@@ -159,7 +163,7 @@ def _section(budget: str, study: dict[str, Any]) -> str:
     rows = [_row(runs, name, cells.get(study["reference"])) for name, runs in cells.items()]
     return f"""## Budget `{budget}`
 
-{textwrap.fill(" ".join(fact for fact in facts if fact), 127)}
+{_filled(facts)}
 
 {_table(head, rows)}
 
@@ -173,12 +177,16 @@ def _section(budget: str, study: dict[str, Any]) -> str:
 """
 
 
+def _filled(sentences: list[str]) -> str:
+    return textwrap.fill(" ".join(filter(None, sentences)), 127)
+
+
 def _caution(run: dict[str, Any]) -> str:
     if run["images"] * run["epochs"] >= 1_000_000:
         return ""
     return (
         "So little training of such small networks tells which learns faster from few images, and not which ends higher: "
-        "that takes `--budget full` and a GPU."
+        "that takes a larger budget, and a GPU."
     )
 
 

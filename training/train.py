@@ -118,7 +118,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             f"{output} holds a run already; go on with it (--resume), remove {state.path}, or give another --output"
         )
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
-    if progress.step == total_steps and state.has_released(total_steps):
+    if progress.step == total_steps and state.has_released(progress):
         kept = state.released_path
         print(f"{output} holds a finished run; {kept} is left as it is (remove it to have it made again)", file=sys.stderr)
         return kept

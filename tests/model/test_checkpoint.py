@@ -108,12 +108,12 @@ def test_damaged_description(path: Path, header: dict[str, str]) -> None:
 )
 def test_weights_that_do_not_fit_the_description(released: Callable[..., Checkpoint], change: dict[str, Any]) -> None:
     checkpoint = released(CLASSES, 32)
-    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+    with pytest.raises(CheckpointError, match="the checkpoint does not hold the network that it describes"):
         build_model(Checkpoint(checkpoint.tensors, {**checkpoint.description, **change}))
 
 
 def test_a_description_without_architecture(random_net: Callable[..., ConvMixer]) -> None:
-    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint describes no network.*model\.safetensors"):
         build_model(Checkpoint(random_net().state_dict(), {"step": 3}))
 
 

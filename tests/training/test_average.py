@@ -13,7 +13,7 @@ import torch
 from model.checkpoint import CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.average import average
-from training.data import ImageSet, split_validation
+from training.data import ImageSet, load_images, split_validation
 from training.errors import ConfigError, DataError
 from training.evaluate import compute_logits, evaluate
 from training.release import export_artifact, write_card_for
@@ -69,6 +69,21 @@ def test_batch_normalisation_sees_what_it_will_see(trained: Path, photos: ImageS
     torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), network.stem.norm.running_mean, atol=1e-2, rtol=5e-2)  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("no_compiler")
+def test_few_images_count_the_same_in_batch_normalisation(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    """57 for training: batches of 50 and 7 would give those 7 half of the weight."""
+    folder = folder_of("cat", "dog", "ship")
+    data = load_images(folder, "train", 32)
+    checkpoint = train(replace(TINY, epochs=1), data, tmp_path, QUIET)
+    average([checkpoint, checkpoint], tmp_path / "mean.safetensors", folder, "cpu")
+    network = build_model(load_checkpoint(tmp_path / "mean.safetensors"))
+    training, _ = split_validation(data, TINY.val_fraction)
+    seen: list[torch.Tensor] = []
+    network.stem.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))  # type: ignore[union-attr]
+    compute_logits(network, training, TINY, torch.device("cpu"))
+    torch.testing.assert_close(torch.cat(seen).mean((0, 2, 3)), network.stem.norm.running_mean, atol=5e-3, rtol=0)  # type: ignore[union-attr]
+
+
 def test_a_network_is_averaged_with_the_one_it_grew_from(
     trained: Path, photos: ImageSet, tmp_path: Path, no_compiler: None
 ) -> None:
@@ -88,7 +103,7 @@ def test_only_equals_are_averaged(
         average([trained], output, CIFAR10, "cpu")
     with pytest.raises(ConfigError, match="give another ending"):
         average([trained, trained], output.with_suffix(".json"), CIFAR10, "cpu")
-    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors describes no network"):
         average([trained.with_name("last.safetensors"), trained], output, CIFAR10, "cpu")
     with pytest.raises(DataError, match="give the same --data"):
         average([trained, trained], output, folder_of("cat", "dog"), "cpu")

@@ -114,6 +114,7 @@ def test_wrong_usage_exits_2(command_line: CommandLine, arguments: list[str]) ->
         (["--epochs=0"], "epochs, batch_size and image_size must be at least 1"),
         (["--precision=int8"], "--precision must be float32, bf16 or fp16, not 'int8'"),
         (["--device=abacus"], "--device abacus cannot be used here: "),
+        (["--device=meta"], "--device takes cpu, cuda or cuda:N, not meta"),
         (["--data=nowhere"], "nowhere is not a folder"),
         (["--set=batch_size=500"], "190 training images do not fill one batch of 500"),
         (["--resume"], "last.safetensors; start without --resume"),
@@ -128,7 +129,8 @@ def test_training_failures_are_one_line(command_line: CommandLine, tmp_path: Pat
 def test_failures_after_training_are_one_line(command_line: CommandLine, evaluated: Path, trained: Path, tmp_path: Path) -> None:
     data = ["--data", CIFAR10]
     assert_one_line_failure(command_line("evaluate", tmp_path / "none.safetensors", *data), "no checkpoint at")
-    assert_one_line_failure(command_line("evaluate", trained.with_name("last.safetensors"), *data), "not a model checkpoint")
+    unfinished = trained.with_name("last.safetensors")
+    assert_one_line_failure(command_line("evaluate", unfinished, *data), f"{unfinished} describes no network")
     assert_one_line_failure(command_line("evaluate", trained, *data, "--output", tmp_path / "no" / "x.json"), "x.json")
     assert_one_line_failure(command_line("evaluate", trained, "--data", tmp_path), "must hold one sub-folder per class")
     assert_one_line_failure(command_line("export", trained, tmp_path / "x.onnx", *data), "evaluation.json is missing")

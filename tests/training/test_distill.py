@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.architectures import build_network
 from model.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
+from model.vit import ViTConfig
 from tests.training.conftest import CIFAR10, QUIET, TINY
 from training.config import AugmentConfig
 from training.data import ImageSet, load_images
@@ -92,7 +94,7 @@ def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, pho
 def test_a_run_is_resumed_with_its_own_teacher_only(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     train(TINY, photos, tmp_path, QUIET, teachers=[trained])
     train(TINY, photos, tmp_path, QUIET, teachers=[trained], resume=True)
-    with pytest.raises(ResumeError, match=r"had another teacher \(convmixer-16-2-k3-p2\) than this run \(none\)"):
+    with pytest.raises(ResumeError, match=r"another teacher \(convmixer-16-2-k3-p2, SHA-256 \w{12}…\) than this run \(none\)"):
         train(TINY, photos, tmp_path, QUIET, resume=True)
 
 
@@ -154,5 +156,12 @@ def test_a_teacher_that_does_not_fit_is_refused(trained: Path, photos: ImageSet,
         Distillation([trained], replace(TINY, normalize_mean=(0.5, 0.5, 0.5)), photos, CPU)
     with pytest.raises(DataError, match=r"has learnt some of the 0\.5"):
         Distillation([trained], replace(TINY, val_fraction=0.5), photos, CPU)
+    vit = tmp_path / "vit.safetensors"
+    network = ViTConfig(hidden_dim=8, depth=1, heads=2, mlp_dim=8, patch_size=8)
+    found = load_checkpoint(trained)
+    save_checkpoint(vit, build_network(network).state_dict(), {**found.description, "model": asdict(network)})
+    Distillation([vit], replace(TINY, view_size=38, train_size=36), photos, CPU)(torch.randn(2, 3, 36, 36), torch.randn(2, 10))
+    with pytest.raises(ConfigError, match="takes images of 32 pixels only, those of this run grow; set start_size to 0"):
+        Distillation([vit], replace(TINY, start_size=24), photos, CPU)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         Distillation([tmp_path / "none.safetensors"], TINY, photos, CPU)

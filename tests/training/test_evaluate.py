@@ -53,5 +53,5 @@ def test_other_classes_are_refused(trained: Path, folder_of: Callable[..., Path]
 
 
 def test_a_training_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a model checkpoint"):
+    with pytest.raises(CheckpointError, match="describes no network"):
         evaluate(trained.with_name("last.safetensors"), CIFAR10, tmp_path / "report.json", "cpu")

@@ -24,6 +24,7 @@ from training.study_report import Estimate, difference, estimate, judge, judge_a
 
 TINY = """
 title = "Tiny"
+about = "Of whatever came to hand."
 reference = "convmixer"
 [recipe]
 batch_size = 16
@@ -153,11 +154,19 @@ def test_an_interrupted_study_ends_with_the_same_results_and_page(
     assert outcome.out == f"wrote {tmp_path / 'docs' / 'study.md'} from 4 of 4 runs\n"
     written = json.loads((tmp_path / "docs" / "study.json").read_text())
     assert figures(written["default"]) == figures(whole)
-    assert (tmp_path / "docs" / "study.md").read_text() == render_page(written)
+    page = (tmp_path / "docs" / "study.md").read_text()
+    assert page == render_page(written)
+    assert "Of whatever came to hand." in page
     assert {path.name for path in (tmp_path / "docs" / "images").iterdir()} == {
         "study-default-accuracy.png",
         "study-default-cost.png",
     }
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "study-tiny").symlink_to(output.parent)
+    assert command_line("study", declared, "--data", CIFAR10, "--device=cpu", "--precision=float32").out == (
+        f"wrote {Path('runs/study-tiny/study.md')} from 4 of 4 runs\n"
+    ), "what is published of the study that ships is left alone"
 
     first = output / "convmixer" / "seed-0" / "result.json"
     before = first.stat().st_mtime_ns
@@ -223,7 +232,8 @@ def test_an_unfinished_study_says_so() -> None:
     run |= {"seconds": 60.0, "epochs": 2, "images": 90, "validation_images": 10, "test_images": 200, "hardware": "abacus"}
     run |= {"precision": "float32", "torch": "2", "config": {"batch_size": 16}}
     claim = {"text": "A is better.", "paper": "", "test": "better", "margin": 0.0, "pairs": [["a", "b"]]}
-    page = render_page({"tiny": {"title": "T", "reference": "b", "declared_runs": 4, "claims": [claim], "runs": [run]}})
+    study = {"title": "T", "about": "", "reference": "b", "declared_runs": 4, "claims": [claim], "runs": [run]}
+    page = render_page({"tiny": study})
     assert "**3 of 4 runs are not finished yet.**" in page
     assert "| A is better. |  | **not decided** | a − b: not run yet |" in page
 

@@ -191,6 +191,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         ({"model.patch_size": "1", "model.kernel_size": "5", "label_smoothing": "0"}, QUIET),
         ({}, replace(QUIET, precision="bf16")),
         ({"model.residual": "none", "model.norm": "layernorm", "model.activation": "relu"}, QUIET),
+        ({"model.kernel_size": "1", "ema_decay": "0"}, QUIET),
         ({"model.architecture": "vit", "model.patch_size": "4"}, QUIET),
         ({"model.architecture": "mlp-mixer", "ema_decay": "0"}, QUIET),
     ],
@@ -204,6 +205,7 @@ def test_another_seed_is_another_run(animals: ImageSet, tmp_path: Path) -> None:
         "other network",
         "bf16",
         "variant",
+        "kernels of one",
         "ViT",
         "MLP-Mixer",
     ],
@@ -552,6 +554,15 @@ def test_a_finished_run_keeps_what_was_released_and_calibrated_since(
     path = train(TINY, photos, stopped, QUIET, resume=True)
     assert load_checkpoint(path).description["view_size"] == 40
     assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_what_another_run_has_left_is_not_taken_for_its_own_release(
+    stopped: Path, photos: ImageSet, trained: Path, tmp_path: Path
+) -> None:
+    """As when only last.safetensors was removed, and the new run was stopped just before its release."""
+    other = train(replace(TINY, seed=1), photos, tmp_path / "other", QUIET)
+    shutil.copy(other, stopped)
+    assert_same_weights(train(TINY, photos, stopped, QUIET, resume=True), trained)
 
 
 def test_nothing_to_resume(photos: ImageSet, tmp_path: Path) -> None:
