@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 ModelOption = Annotated[
-    str | None, typer.Option(help="A model that ships (`fast`, `accurate`) or an .onnx file. Default: CONVMIXER_MODEL or `fast`.")
+    str | None,
+    typer.Option(
+        help="A model that ships (`fast`, `fast-int8`, `accurate`) or an .onnx file. Default: CONVMIXER_MODEL or `fast`."
+    ),
 ]
 
 KeyOption = Annotated[
@@ -290,7 +293,7 @@ def _read_key(path: Path | None) -> str | None:
     """The first key in the file, which may be the server's own with several."""
     if not path:
         return None
-    lines = path.read_text("ascii", "replace").splitlines()  # another character the client refuses, as it does in a key
+    lines = path.read_text("utf-8-sig", "replace").splitlines()  # the client refuses what is not ASCII
     key = next(filter(None, map(str.strip, lines)), "")
     _require(bool(key), f"--api-key-file: {path} holds no key")
     return key

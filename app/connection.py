@@ -28,7 +28,7 @@ from app import head, raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.protection import OUT_OF_TIME, choose_request_id
-from app.telemetry.exchange import Exchange
+from app.telemetry.exchange import Exchange, server_timing
 from app.wire import DefaultHeaders, compose
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ class Protocol(HttpToolsProtocol):
         active: time.monotonic() at which something last arrived, or an answer was written.
         idle: the connections of this process that wait for their clients, whose uploads are not complete or who have nothing
             in work; the longest waiting first.
+        probes: those beyond the limit, which may ask for nothing but `PROBES`; the oldest first.
         last_refusal: what was refused last, written down.
     """
 
     idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
+    probes: ClassVar[dict[Protocol, None]] = {}
     last_refusal: ClassVar[refusal.Written | None] = None
     _default_headers: ClassVar[DefaultHeaders] = DefaultHeaders()
 
@@ -87,27 +89,33 @@ class Protocol(HttpToolsProtocol):
         self._deaf = False
         self._close_at: float | None = None  # our side is closed, the client's not yet
         self._stuck_since: float | None = None
-        self._for_probes = False
         self._last = False  # the connection ends with the request that is arriving
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected (asyncio)."""
-        count, limit = len(self.connections), self.settings.max_connections
+        full = len(self.connections) - len(self.probes) >= self.settings.max_connections
         super().connection_made(transport)
         self.receive_by = self.active + self.settings.receive_timeout_s
-        if count >= limit and not self._make_room():
-            if count >= limit + PROBE_CONNECTIONS:
+        if full and not self._make_room(for_probes=False):
+            # who takes a place among these is no more than they were: else clients would take all of them, one by one
+            if len(self.probes) < PROBE_CONNECTIONS or self._make_room(for_probes=True):
+                self.probes[self] = None
+            else:
                 self._refuse(self._all_busy())
-            self._for_probes = True
         self.idle[self] = None
 
     def _all_busy(self) -> Overloaded:
         limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
         return Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections")
 
-    def _make_room(self) -> bool:
-        """Closes who has waited longest for its client, or does not read its answer; False if there is nobody."""
-        for connection in list(islice(self.idle, _LOOKS)):
+    def _make_room(self, *, for_probes: bool) -> bool:
+        """Closes who has waited longest for its client, or does not read its answer; False if there is nobody.
+
+        Args:
+            for_probes: among `probes`, or among all others.
+        """
+        waiting = filter(self.idle.__contains__, self.probes) if for_probes else islice(self.idle, _LOOKS)
+        for connection in [one for one in waiting if (one in self.probes) is for_probes]:
             if connection.transport.is_closing():
                 del self.idle[connection]
             elif connection.transport.get_write_buffer_size() or _has_something_to_read(connection.transport):
@@ -118,15 +126,17 @@ class Protocol(HttpToolsProtocol):
         stuck_before = self.active - _STUCK_S
         for other in self.connections:
             connection = cast("Protocol", other)
-            if (connection._stuck_since or self.active) < stuck_before:
+            if (connection in self.probes) is for_probes and (connection._stuck_since or self.active) < stuck_before:
                 connection._cut_off()
                 self.connections.discard(connection)  # or the next one would find it, too
+                self.probes.pop(connection, None)
                 return True
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
         self.idle.pop(self, None)
+        self.probes.pop(self, None)
         self._stop_running()
         super().connection_lost(exc)
 
@@ -173,6 +183,8 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
         super().on_message_begin()
+        if not self._deaf and not self.pipeline:  # one before it in the same read has ended its own
+            self.receive_by = self.receive_by or self.active + self.settings.receive_timeout_s
         self._between = False
         self._in_headers = True
         self._parsed_bytes = 0
@@ -191,7 +203,7 @@ class Protocol(HttpToolsProtocol):
             self._refuse(error)
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
-        if self._for_probes and self.url.partition(b"?")[0] not in PROBES:
+        if self in self.probes and self.url.partition(b"?")[0] not in PROBES:
             self._refuse(self._all_busy())
         if self._deaf:
             return
@@ -203,6 +215,8 @@ class Protocol(HttpToolsProtocol):
         else:
             super().on_headers_complete()  # may find the target unreadable: then this request has not begun
             self._raw = None
+            if self.pipeline:
+                self.receive_by = None  # nothing more is read before its turn comes
             self.cycle.scope["state"]["arrived"] = self.active
             self.cycle.transport = _CycleTransport(self.transport.write, self.transport.is_closing, self.close)  # type: ignore[assignment]
         self._in_headers, self._header_bytes = False, 0
@@ -250,8 +264,7 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
             if not cycle.more_body:
                 return
-            # its deadline was forgotten when the request before it was complete
-            self.receive_by = self.receive_by or self.active + self.settings.receive_timeout_s
+            self.receive_by = self.active + self.settings.receive_timeout_s
         self.idle.pop(self, None)
         self.idle[self] = None
 
@@ -286,7 +299,7 @@ class Protocol(HttpToolsProtocol):
             # what was sent in time may still lie there: after a pause of the whole process this comes before reading
             if self in self.idle and not _has_something_to_read(self.transport):
                 self.transport.close()
-        elif self._in_headers and not self._header_bytes:
+        elif self._between and not self._header_bytes:
             self.transport.close()  # nothing was asked
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
@@ -321,7 +334,7 @@ class Protocol(HttpToolsProtocol):
         """Ends the connection if its request is still arriving: the process is about to end."""
         if self.receive_by is None or self.transport.is_closing():
             return
-        if self._in_headers and not self._header_bytes:
+        if self._between and not self._header_bytes:
             self.transport.close()  # nothing was asked
         else:
             self._refuse(OUT_OF_TIME)
@@ -371,10 +384,15 @@ class Protocol(HttpToolsProtocol):
         """Answers where there is no whole request."""
         # an upload whose route waits for the rest
         upload = None if self.cycle is None or self.cycle.response_complete else self.cycle.scope["state"].get("exchange")
-        exchange = upload or Exchange("", "", self.client, (), choose_request_id(b""), self.active, code=error.code)
+        headers = () if self._between else self.headers
+        request_id = choose_request_id(dict(headers).get(b"x-request-id", b""))
+        exchange = upload or Exchange("", "", self.client, (), request_id, self.active, code=error.code)
         response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
         media_type, body = str(response.media_type), bytes(response.body)
-        self.write(error.status, media_type, body, problem_headers(error), exchange.request_id, keep_alive=False)
+        said = {**problem_headers(error), "Server-Timing": server_timing((), time.monotonic() - exchange.begin)}
+        wire = compose(error.status, self.default_headers(), media_type, body, said, exchange.request_id, keep_alive=False)
+        asked_for_the_head = not self._between and self.parser.get_method() == b"HEAD"  # RFC 9110, 9.3.2
+        self.transport.write(wire.removesuffix(body) if asked_for_the_head else wire)
         if upload:
             upload.error = error  # the route learns that its client has left, and tells this in its place
             return

@@ -137,7 +137,7 @@ class Settings(BaseModel):
             raise StartupError("; ".join(problems)) from error
 
     def contradictions(self) -> list[str]:
-        """What these settings allow and yet refuse, always, as if it were overload; one sentence each."""
+        """Where one of these settings undoes what another says; one sentence each."""
         found = []
         if self.max_images > self.max_queue:
             found.append(
@@ -148,6 +148,11 @@ class Settings(BaseModel):
             found.append(
                 f"CONVMIXER_MAX_BODY_BYTES={self.max_body_bytes} is more than CONVMIXER_MAX_HELD_BYTES={self.max_held_bytes}: "
                 "a body of more bytes than all may have is refused"
+            )
+        if self.deadline_ms > self.max_deadline_ms:
+            found.append(
+                f"CONVMIXER_DEADLINE_MS={self.deadline_ms} is more than CONVMIXER_MAX_DEADLINE_MS={self.max_deadline_ms}: "
+                "a request that sends no deadline may take longer than one that asks for the most"
             )
         return found
 
@@ -162,7 +167,7 @@ class Settings(BaseModel):
         texts = self.api_keys.get_secret_value().split(",") if self.api_keys else []
         if self.api_keys_file:
             try:
-                texts += self.api_keys_file.read_text().splitlines()
+                texts += self.api_keys_file.read_text(encoding="utf-8-sig").splitlines()  # some editors write a mark first
             except (OSError, UnicodeDecodeError) as error:
                 raise StartupError(f"CONVMIXER_API_KEYS_FILE={self.api_keys_file} cannot be read: {error}") from error
         keys = [key for text in texts if (key := text.strip())]

@@ -178,7 +178,7 @@ def _answer(
             predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
-            service.metrics.count_failure(result.code)
+            service.metrics.count_failure(result.code, result.reason)
             if result.timing:
                 timings.append(result.timing)
             predictions.append(item_error(index, upload.filename, result))
@@ -200,6 +200,20 @@ def _answer(
             service.metrics.observe_answer(time.monotonic() - exchange.begin, predictions)
 
     return CountedResponse(service, content, told, media_type="application/json")
+
+
+class _FormParser(MultiPartParser):
+    """Starlette's, which passes over a last part that is cut off; this one knows it.
+
+    Attributes:
+        ended: the last boundary has come.
+    """
+
+    ended = False
+
+    def on_end(self) -> None:
+        """The last boundary (python-multipart)."""
+        self.ended = True
 
 
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
@@ -237,7 +251,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     async def whole() -> AsyncGenerator[bytes, None]:
         yield body
 
-    parser = MultiPartParser(request.headers, whole(), max_files=max_images, max_fields=max_images, max_part_size=_MOST_TEXT)
+    parser = _FormParser(request.headers, whole(), max_files=max_images, max_fields=max_images, max_part_size=_MOST_TEXT)
     parser.spool_max_size = len(body)  # what is in memory needs no file
     try:
         form = await parser.parse()
@@ -245,6 +259,8 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
         if "Too many files" in error.message:
             raise _too_many(max_images) from error
         raise MalformedRequest(f"the multipart body cannot be read: {error.message}") from error
+    if not parser.ended:
+        raise MalformedRequest("the form ends before its last boundary; send it whole")
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if len(files) < len(form.multi_items()):
         raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")

@@ -365,7 +365,7 @@ def test_ctrl_c_ends_it_with_whole_rows(samples, server, base_url, tmp_path):
 
 def test_the_first_key_of_the_servers_own_file_is_sent(samples, tmp_path):
     keys = tmp_path / "keys"
-    keys.write_text("\n  first \r\nsecond\n")
+    keys.write_text("\n  first \r\nsecond\n", encoding="utf-8-sig")
     server = ScriptedServer((401, {}, {"code": "unauthorized", "detail": "another key"}))
     result = run("classify", samples[0].path, "--url", server.url, "--api-key-file", keys)
     assert (result.returncode, "another key" in result.stderr) == (1, True)

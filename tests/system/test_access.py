@@ -22,7 +22,7 @@ FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory):
     path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text("from-file\n\n")
+    path.write_text("from-file\n\n", encoding="utf-8-sig")  # with the mark of some editors
     server = ServerProcess(api_keys="first, second", api_keys_file=str(path))
     yield server.wait_until_ready()
     assert server.stop() == 0

@@ -257,6 +257,18 @@ def test_a_form_is_not_parsed_where_that_could_take_long(client, samples):
         assert reason is None or reason in response.json()["detail"]
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_form_that_is_cut_off_loses_no_image_in_silence(client, samples, images):
+    part = b'--y\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + samples[0].data + b"\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=y"}
+    for end in (b"", b"--y", b"--y-"):
+        response = client.post("/classify", content=images * part + end, headers=headers)
+        assert problem(response) == (400, "malformed_request")
+        assert "ends before its last boundary" in response.json()["detail"]
+    response = client.post("/classify", content=images * part + b"--y--", headers=headers)
+    assert [prediction["label"] for prediction in response.json()["predictions"]] == [samples[0].label] * images
+
+
 def test_a_form_field_that_is_no_file_is_named(client):
     response = client.post("/classify", data={"note": "hi"}, files={"images": ("a.png", b"x")})
     assert problem(response) == (400, "malformed_request")

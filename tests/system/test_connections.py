@@ -453,6 +453,26 @@ def test_a_half_sent_request_behind_another_has_a_deadline(impatient, samples):
         assert [status for status, _, _ in answers(connection)] == [200, 408]
 
 
+def test_a_half_sent_head_behind_another_request_has_a_deadline(impatient, samples):
+    with connect(impatient) as connection:
+        connection.sendall(classify_request(samples[0].data) + CLASSIFY)
+        assert [status for status, _, _ in answers(connection)] == [200, 408]
+
+
+def test_a_head_that_is_refused_gets_its_own_id_and_no_body_for_head(impatient):
+    refused = b"HEAD /livez HTTP/1.1\r\nX-Request-ID: mine\r\nHost: x\r\nHost: y\r\n\r\n"
+    for sent in (refused, refused.replace(b"HEAD", b"GET")):
+        with connect(impatient) as connection:
+            connection.sendall(sent)
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert b"x-request-id: mine" in head
+        assert re.search(rb"server-timing: total;dur=[0-9.]+", head, re.IGNORECASE)
+        length = int(re.search(rb"content-length: (\d+)", head)[1])
+        assert length > 100
+        assert len(body) == (0 if sent is refused else length)
+
+
 def test_an_earlier_request_is_answered_whatever_is_wrong_with_a_later_one(base_url, samples):
     chunked = b"POST /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: "
     with connect(base_url) as connection:
@@ -581,6 +601,15 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
                 connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 received += [status for status, _, _ in answers(connection)]
         assert received == [200, 503, 200]
+        for _ in range(16):  # on all places for probes
+            stack.enter_context(connect(url))
+        for sent, expected in (
+            (classify_request(samples[0].data, "Connection: close"), 503),
+            (b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200),
+        ):
+            with connect(url) as connection:
+                connection.sendall(sent)
+                assert [status for status, _, _ in answers(connection)] == [expected]
         assert [next(answers(connection))[0] for connection in busy] == [200] * 4
 
 

@@ -180,10 +180,11 @@ def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path)
 
 
 def test_settings_that_contradict_each_other_are_named(start):
-    server = start(max_queue=64, max_held_bytes=1_000_000)
+    server = start(max_queue=64, max_held_bytes=1_000_000, max_deadline_ms=4000)
     server.wait_until_ready()
     assert "CONVMIXER_MAX_IMAGES=128 is more than CONVMIXER_MAX_QUEUE=64" in server.log
     assert "is more than CONVMIXER_MAX_HELD_BYTES=1000000" in server.log
+    assert "CONVMIXER_DEADLINE_MS=5000 is more than CONVMIXER_MAX_DEADLINE_MS=4000" in server.log
 
 
 def test_unknown_and_bad_settings_are_refused(start):
