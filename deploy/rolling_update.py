@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,10 +26,7 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # an htt
 
 def main() -> None:
     """Replaces them all."""
-    try:
-        compose = _compose()
-    except FileNotFoundError:
-        sys.exit("neither docker nor docker-compose is on the PATH")
+    compose = _compose()
     _run(*compose, "rm", "-f", "replica")  # stopped ones only: what an earlier run left would be started in place of a new one
     old = _run(*compose, "ps", "-q", "replica").split()
     if not old:
@@ -50,7 +48,11 @@ def main() -> None:
 
 
 def _compose() -> list[str]:
+    if not shutil.which("docker"):
+        sys.exit("docker is not on the PATH")
     has_plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
+    if not has_plugin and not shutil.which("docker-compose"):
+        sys.exit("docker has no plugin `compose`, and docker-compose is not on the PATH either")
     return [*(["docker", "compose"] if has_plugin else ["docker-compose"]), "--profile", "scale"]
 
 
@@ -105,7 +107,8 @@ def replicas_up(operators: str) -> int:
     Raises:
         OSError: HAProxy does not answer, or not to the end.
     """
-    return sum(row["status"] == "UP" and row["check_status"] == "L7OK" for row in _replicas(operators))
+    # while the next check is under way there is a star before the last one's result
+    return sum(row["status"] == "UP" and row["check_status"].removeprefix("* ") == "L7OK" for row in _replicas(operators))
 
 
 def _replicas(operators: str) -> list[dict[str, str]]:

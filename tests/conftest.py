@@ -28,6 +28,14 @@ def helper_without_coverage() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_settings() -> None:
+    """What a developer has set for services, traces and proxies is not for those that are tested."""
+    for name in list(os.environ):
+        if name.startswith(("CONVMIXER_", "OTEL_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """Lets SIGINT interrupt the tests and what they start, also where a script's `make test &` has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

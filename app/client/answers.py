@@ -190,9 +190,12 @@ class RequestFailed(ClientError):
     def __init__(
         self, status: int, code: str, detail: str, *, request_id: str | None = None, retry_after_s: float | None = None
     ) -> None:
-        super().__init__(f"{code}: {detail}")
+        super().__init__(status, code, detail)  # as pickle gives them back, e.g. out of a process of a pool
         self.status, self.code, self.detail = status, code, detail
         self.request_id, self.retry_after_s = request_id, retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
 
 
 class ImageRejected(RequestFailed):

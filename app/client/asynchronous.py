@@ -184,7 +184,10 @@ class AsyncClient:
     async def _get(self, path: str) -> httpx.Response:
         self._check_open()
         try:
-            return await self._http.get(path, timeout=PROBE_TIMEOUT_S)
+            async with asyncio.timeout(PROBE_TIMEOUT_S):  # httpx counts anew for every piece that comes
+                return await self._http.get(path, timeout=PROBE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise Unreachable(f"no answer from {shown(self._http.base_url)} within {PROBE_TIMEOUT_S:g} s") from error
         except httpx.RequestError as error:
             raise Unreachable(f"no answer from {shown(self._http.base_url)}: {reason_of(error)}") from error
 

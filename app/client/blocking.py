@@ -203,7 +203,10 @@ class Client:
         return self._run(self._client.model)
 
     def close(self) -> None:
-        """Ends what is under way, without further tries, and closes the connections."""
+        """Ends what is under way, without further tries, and closes the connections.
+
+        Not to be called in a signal handler: what it interrupts may hold the lock. One that raises lets `with` close the client.
+        """
         if self._process != os.getpid():  # they are the parent's
             return
         with self._closing:

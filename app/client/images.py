@@ -229,6 +229,10 @@ def _orientation_alone(image: Image.Image) -> Image.Exif:
 
     exif = Image.Exif()
     with suppress(Exception):  # what cannot be read turns nothing, as with the file itself
+        if any("xmp" in str(name).lower() for name in image.info):  # Pillow would take that word for it, the server does not
+            plain = Image.new("1", (1, 1))
+            plain.info = {name: image.info[name] for name in ("exif", "Raw profile type exif") if name in image.info}
+            image = plain
         orientation = image.getexif().get(_ORIENTATION_TAG)
         if isinstance(orientation, int) and 2 <= orientation <= 8:
             exif[_ORIENTATION_TAG] = orientation

@@ -102,6 +102,7 @@ function recount() {
 function remove(result) {
   const next = result.element.nextElementSibling ?? result.element.previousElementSibling;
   waiting = waiting.filter((other) => other !== result);
+  announced = announced.filter((other) => other !== result);
   results.delete(result.element);
   result.remove();
   (next?.querySelector(".remove") ?? $("choose")).focus();
@@ -140,6 +141,7 @@ async function picturesIn(folder) {
     const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at most
     if (!entries.length) return pictures;
     for (const entry of entries) {
+      if (entry.name.startsWith(".")) continue; // e.g. ._cat.png, which macOS adds to cat.png
       if (entry.isDirectory) pictures.push(...(await picturesIn(entry)));
       else {
         const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
@@ -172,8 +174,11 @@ for (const button of document.querySelectorAll("[data-sample]")) {
   button.addEventListener("click", () => addSample(button.dataset.sample));
 }
 
+const isTextForAField = ({ target, dataTransfer }) => target.closest?.("input, textarea") && !dataTransfer.types.includes("Files");
+
 // The whole window takes what is dropped: a near miss must not make the browser leave the page.
 document.addEventListener("dragover", (event) => {
+  if (isTextForAField(event)) return;
   event.preventDefault();
   $("drop").classList.add("over");
 });
@@ -183,6 +188,7 @@ for (const name of ["dragleave", "drop"]) {
   });
 }
 document.addEventListener("drop", (event) => {
+  if (isTextForAField(event)) return;
   event.preventDefault();
   dropped(event.dataTransfer).then(add, () => complain("A folder that was dropped could not be read."));
 });
@@ -202,6 +208,7 @@ $("results").addEventListener("click", (event) => {
 
 $("clear").addEventListener("click", () => {
   waiting = [];
+  announced = [];
   for (const result of results.values()) result.remove();
   results.clear();
   recount();

@@ -18,7 +18,7 @@ let remembered = "";
 export const key = {
   get() {
     try {
-      return sessionStorage.getItem(KEY) ?? "";
+      return sessionStorage.getItem(KEY) ?? remembered;
     } catch {
       return remembered; // the browser lets this site store nothing
     }
@@ -95,6 +95,8 @@ async function post(file, signal) {
     return await fetch(address("classify?explain=true"), { method: "POST", body: file, headers, signal });
   } catch (error) {
     if (signal.aborted) throw error;
+    const readable = await file.slice(0, 1).arrayBuffer().catch(() => null);
+    if (!readable) throw new Failure("The file can no longer be read: choose it again.");
     throw new Failure("The service could not be reached, or it hung up: a file over its size limit does that too.");
   }
 }

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import json
+import pickle
 import socket
 import subprocess
 import sys
@@ -23,7 +24,18 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from app.client import AsyncClient, ClassificationError, Client, Health, Overloaded, RequestFailed, Unreachable
+from app.client import (
+    AsyncClient,
+    ClassificationError,
+    Client,
+    DeadlineExceeded,
+    Health,
+    ImageRejected,
+    Overloaded,
+    RequestFailed,
+    Unauthorized,
+    Unreachable,
+)
 from app.client.exchange import BACKOFF_S, Contact, Pause, Send, Wanted, exchange
 from app.client.images import Picture, batches, encode, load
 from app.images import DecodeLimits, ResizeRule, decode_image
@@ -59,6 +71,15 @@ def test_serving_does_not_import_it():
     code = "import sys, app.main, app.server, app.cli; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"app.client", "app.cli_classify", "app.load", "httpx", "pyarrow", "rich"} & set(result.stdout.split())
+
+
+def test_an_orientation_in_xmp_alone_turns_a_picture_no_more_than_its_file():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(buffer, "JPEG", xmp=b'<x:xmpmeta tiff:Orientation="6"/>')
+    with Image.open(buffer) as image:
+        assert image.getexif()[0x0112] == 6, "Pillow takes it"
+        sent = encode(image)
+    assert 0x0112 not in Image.open(io.BytesIO(sent)).getexif()
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7)])
@@ -232,6 +253,45 @@ def test_retry_after_is_waited_for_and_the_deadline_shrinks():
     deadlines = [int(h.partition("x-deadline-ms: ")[2].partition("\r\n")[0]) for h in (head, last_head)]
     assert 10_000 < deadlines[0] <= 20_000
     assert deadlines[1] <= deadlines[0] - 1000
+
+
+def test_a_proxys_failure_is_tried_again_and_a_deadline_that_passed_is_not():
+    server = ScriptedServer((502, {}, b"<html>"), (200, {}, ANSWER))
+    with Client(server.url) as client:
+        assert client.classify(b"image").label == "cat"
+    assert len(server.finish()) == 2
+    late = {"status": 504, "code": "deadline_exceeded", "detail": "late", "request_id": "a"}
+    server = ScriptedServer((504, {}, late))
+    with Client(server.url) as client, pytest.raises(DeadlineExceeded, match="late"):
+        client.classify(b"image")
+    assert len(server.finish()) == 1
+
+
+def test_a_failure_comes_whole_out_of_another_process():
+    """A pool of processes pickles it."""
+    for kind in (RequestFailed, ImageRejected, Unauthorized, Overloaded, DeadlineExceeded):
+        failure = kind(503, "overloaded", "full", request_id="busy", retry_after_s=2.0)
+        copy = pickle.loads(pickle.dumps(failure))  # noqa: S301 - our own
+        assert (type(copy), vars(copy), str(copy)) == (kind, vars(failure), "overloaded: full")
+
+
+def test_what_never_ends_its_answer_is_not_waited_for(monkeypatch):
+    """E.g. a camera's address: every piece comes in time, and there is always another."""
+    monkeypatch.setattr("app.client.asynchronous.PROBE_TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def stream() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.01)
+
+        threading.Thread(target=stream).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with Client(url) as client, pytest.raises(Unreachable, match=r"no answer from .* within 0\.3 s"):
+            client.model()
 
 
 def test_a_pause_that_the_server_did_not_ask_for_is_short():

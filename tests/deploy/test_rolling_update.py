@@ -12,9 +12,9 @@ import pytest
 from deploy import rolling_update
 
 
-def statistics(up: int, slots: int) -> bytes:
-    """So many replicas in use of so many that there may be."""
-    states = ["UP,L7OK"] * up + ["MAINT (resolution),"] * (slots - up)
+def statistics(up: int, slots: int, asked: int = 0) -> bytes:
+    """So many replicas in use of so many that there may be, of which some are being asked again whether they are well."""
+    states = ["UP,* L7OK"] * asked + ["UP,L7OK"] * (up - asked) + ["MAINT (resolution),"] * (slots - up)
     rows = [f"replicas,replica{i},{state}" for i, state in enumerate(states, start=1)]
     return "\n".join(["# pxname,svname,status,check_status", "public,FRONTEND,OPEN,", *rows, "replicas,BACKEND,UP,"]).encode()
 
@@ -76,7 +76,7 @@ UP = "compose up -d --no-recreate --scale replica=3 replica"
 
 def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, commands, capsys):
     two, three = statistics(2, 16), statistics(3, 16)
-    answers += [two, None, two, None, b"", two, three, two, two, three]
+    answers += [two, None, statistics(2, 16, asked=1), None, b"", two, three, two, two, three]
     rolling_update.main()
     assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
     assert capsys.readouterr().out.splitlines() == ["1 of 2 replaced", "2 of 2 replaced"]
@@ -113,7 +113,11 @@ def test_no_old_one_is_stopped_where_no_new_one_comes(answers, commands, monkeyp
     assert commands[1:] == [UP, "docker stop new2", "docker rm new2"]
 
 
-def test_without_docker_it_says_so(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(SystemExit, match="neither docker nor docker-compose is on the PATH"):
+def test_without_docker_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="docker is not on the PATH"):
+        rolling_update.main()
+    (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "docker").chmod(0o755)
+    with pytest.raises(SystemExit, match="docker has no plugin `compose`, and docker-compose is not on the PATH either"):
         rolling_update.main()

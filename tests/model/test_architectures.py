@@ -174,4 +174,4 @@ def test_every_architecture_is_exported_with_exact_class_maps(
     cells = build_network(config).eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[-1]
     assert maps.shape == (5, 7, cells, cells)
     np.testing.assert_allclose(maps.mean((2, 3)) + checkpoint.tensors["head.bias"].numpy(), logits, atol=1e-4)
-    assert len(set(logits.argmax(1))) > 1 or np.ptp(logits) > 0.1
+    assert np.ptp(logits, axis=0).max() > 0.1, "it looks at its input"

@@ -231,6 +231,7 @@ for moment in range(20):
     assert step >= last, f"{step} after {last}"
     assert (checkpoint.tensors["t"] == step).all()
     last = step
+assert last > 0, "nobody came to the end of a save"
 """
 
 

@@ -41,6 +41,15 @@ def test_the_three_kinds_of_body_give_the_same_answer(client, samples):
         assert form[index]["confidence"] == pytest.approx(raw[index]["confidence"], abs=1e-5)
 
 
+def test_what_the_bytes_are_counts_and_not_what_they_are_called(client, samples):
+    for kind in ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream"):
+        for parameter in ("", "; through=fastapi"):
+            response = client.post("/classify", content=samples[0].data, headers={"Content-Type": kind + parameter})
+            assert response.json()["predictions"][0]["label"] == samples[0].label, kind + parameter
+    answer = client.post("/classify", files={"any_name": samples[0].data})
+    assert answer.json()["predictions"][0]["label"] == samples[0].label
+
+
 @pytest.mark.parametrize("query", ["", "top_k=3", "top_k=10&explain=true", "explain=false"])
 def test_the_short_way_and_the_documented_route_give_the_same_answer(client, samples, query):
     """A parameter in the Content-Type sends a request through FastAPI; the plain one goes around it."""
@@ -293,6 +302,7 @@ def test_a_path_with_a_lines_end_is_not_the_path_before_it(client, samples):
 def test_unknown_paths_and_methods_get_problem_documents_too(client):
     assert problem(client.get("/nothing")) == (404, "not_found")
     assert problem(client.get("/classify")) == (405, "method_not_allowed")
+    assert client.head("/livez").status_code == 405
     # no redirect: it would lead to whatever Host says, and out of TLS that ends before us
     assert problem(client.post("/classify/", headers={"Host": "evil.example"})) == (404, "not_found")
 
@@ -388,13 +398,23 @@ def test_a_deadline_that_passes_answers_504(client, samples):
     assert problem(response) == (504, "deadline_exceeded")
 
 
-def test_a_deadline_is_no_longer_than_the_service_allows(start, samples):
-    url = start(max_deadline_ms=1).wait_until_ready()
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [({"max_deadline_ms": 1}, {"X-Deadline-Ms": "60000"}), ({"deadline_ms": 1}, {})],
+    ids=["most", "default"],
+)
+def test_a_deadline_is_no_longer_than_the_service_allows(start, samples, settings, asked):
+    url = start(**settings).wait_until_ready()
     data = samples[0].data
     for length in ({}, {"Content-Length": str(len(data))}):  # chunked, by the route; and by the short way
         body = slow_body(data, lambda: outlast(url))
-        response = httpx.post(f"{url}/classify", content=body, headers=WEBP | {"X-Deadline-Ms": "60000"} | length)
+        response = httpx.post(f"{url}/classify", content=body, headers=WEBP | asked | length)
         assert problem(response) == (504, "deadline_exceeded")
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+    content = json.dumps({"inputs": [tensor], "parameters": {"timeout": 60_000_000} if asked else {}}).encode()
+    response = httpx.post(f"{url}/v2/models/fast/infer", content=slow_body(content, lambda: outlast(url)))
+    assert response.status_code == 504
+    assert "deadline" in response.json()["error"]
 
 
 def test_documentation_examples_are_true(client, repository: Path, samples):

@@ -325,7 +325,7 @@ def test_who_does_not_stop_sending_after_a_refusal_is_cut_off(guarded):
         connection.sendall(CLASSIFY + b"Content-Type: image/png\r\nContent-Length: 99000000000\r\n\r\n")
         ((status, _, _),) = answers(connection)  # to the end of what the server says
         assert status == 401
-        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
             send_for_ever(connection, b"a" * 1024 * 1024)
     assert httpx.get(f"{guarded}/livez").status_code == 200
 
@@ -356,15 +356,14 @@ def test_a_defect_is_answered_and_logged_once_and_costs_nobody_the_connection():
     assert problem["request_id"] in server.log
 
 
-def test_cookies_are_not_read(base_url):
-    """Those of this kind take Python's parser seconds each (CVE-2024-7592)."""
-    probe = b'GET /livez HTTP/1.1\r\nHost: x\r\nCookie: a="' + b"\\" * 32_000 + b'"\r\n\r\n'
-    with connect(base_url) as connection:
-        begin = time.monotonic()
-        connection.sendall(probe * 20)
-        received = answers(connection)
-        assert [next(received)[0] for _ in range(20)] == [200] * 20
-    assert time.monotonic() - begin < 20, "20 of them would take a minute"
+def test_cookies_are_not_read():
+    """FastAPI would have them parsed for every route, which takes seconds for some (CVE-2024-7592)."""
+    program = "import starlette.requests, app.cli; starlette.requests.cookie_parser = lambda _: 1 / 0; app.cli.app(['serve'])"
+    server = ServerProcess(program=("-c", program))
+    url = server.wait_until_ready()
+    assert httpx.get(f"{url}/livez", headers={"Cookie": "a=b"}).status_code == 200
+    assert server.stop() == 0
+    assert "ZeroDivisionError" not in server.log
 
 
 @pytest.mark.parametrize("endless", [b"X: ", b"1;x="], ids=["trailers", "chunk extension"])
@@ -373,7 +372,7 @@ def test_what_follows_or_stands_in_chunks_is_bounded(base_url, endless):
     last = b"" if endless.startswith(b"1") else b"0\r\n"
     with connect(base_url) as connection:
         connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + last + endless)
-        with pytest.raises(OSError):  # noqa: PT011 - reset, or a broken pipe
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
             send_for_ever(connection, b"a" * 1024 * 1024)
     assert httpx.get(f"{base_url}/livez").status_code == 200
 
@@ -633,6 +632,18 @@ def test_idle_connections_make_room_for_new_ones(impatient, samples):
         response = httpx.post(f"{impatient}/classify", content=samples[0].data, headers={"Content-Type": "image/webp"})
         assert response.status_code == 200
         assert idle[0].recv(1) == b""  # the oldest went first
+
+
+def test_a_client_that_closes_its_sending_side_has_left(start):
+    url = start().wait_until_ready()
+    picture = io.BytesIO()
+    Image.new("RGB", (4000, 4000), "red").save(picture, "PNG")
+    with connect(url) as connection:
+        connection.sendall(classify_request(picture.getvalue(), "X-Deadline-Ms: 60000"))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    while 'convmixer_requests_total{status="499"} 1.0' not in httpx.get(f"{url}/metrics").text:
+        pass
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, samples):

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from tests.broken_model import write_broken_model
 from tests.server import resident_mib
 
 WEBP = {"Content-Type": "image/webp"}
@@ -177,6 +178,22 @@ def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path)
     assert "no hash" in refuses_to_start(start(model=stranger))
     digest = hashlib.sha256(b"not onnx").hexdigest()
     assert "no model that onnxruntime can load" in refuses_to_start(start(model=stranger, model_sha256=digest))
+
+
+def test_a_model_that_fails_is_told_image_by_image_and_then_ends_the_process(start, artifact_path, samples, tmp_path):
+    model, white = tmp_path / "broken.onnx", io.BytesIO()
+    write_broken_model(artifact_path, "logits", model)
+    Image.new("RGB", (32, 32), "white").save(white, "PNG")
+    server = start(model=model, coalesce=0)
+    with httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
+        response = client.post("/classify", files=[("images", samples[0].data), ("images", white.getvalue())])
+        assert response.status_code == 200
+        good, bad = response.json()["predictions"]
+        assert (good["label"], bad["error"]["code"]) == (samples[0].label, "inference_failed")
+        response = client.post("/classify", files=[("images", white.getvalue())] * 32)
+        assert (response.status_code, response.json()["code"]) == (500, "inference_failed")
+    assert server.wait() == 70
+    assert "failed on the last 32 images" in server.log
 
 
 def test_settings_that_contradict_each_other_are_named(start):

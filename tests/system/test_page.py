@@ -40,6 +40,13 @@ MAKE_TRANSFER = """files => {
     return transfer;
 }"""
 PASTE = "transfer => document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: transfer, cancelable: true }))"
+DROP_TEXT = """id => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.setData('text/plain', 'open-sesame');
+    const event = new DragEvent('dragover', { dataTransfer, bubbles: true, cancelable: true });
+    document.getElementById(id).dispatchEvent(event);
+    return event.defaultPrevented;
+}"""
 COLOURS = """canvas => {
     const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
     const seen = new Set();
@@ -198,7 +205,7 @@ def test_without_a_mouse(open_page, samples):
 
 def test_a_dropped_folder_is_the_pictures_in_it(open_page, samples, tmp_path):
     (tmp_path / "pets" / "more").mkdir(parents=True)
-    for name, sample in zip(("a.webp", "more/b.webp", "notes.txt"), samples[:3], strict=True):
+    for name, sample in zip(("a.webp", "more/b.webp", "notes.txt", "._a.webp"), samples[:4], strict=True):
         (tmp_path / "pets" / name).write_bytes(sample.data)
     page = open_page()
     devtools = page.context.new_cdp_session(page)
@@ -207,6 +214,20 @@ def test_a_dropped_folder_is_the_pictures_in_it(open_page, samples, tmp_path):
         devtools.send("Input.dispatchDragEvent", {"type": step, **dragged})
     results(page, 2, "done", "unknown")
     assert page.locator(".result").count() == 2
+
+
+def test_a_file_that_is_gone_is_not_the_services_fault(open_page, samples, tmp_path):
+    path = tmp_path / "gone.webp"
+    path.write_bytes(samples[0].data)
+    page = open_page()
+
+    def lose(route) -> None:
+        path.unlink()
+        route.abort()
+
+    page.route("**/classify*", lose)
+    page.set_input_files("#files", path)
+    expect(results(page, 1, "failed")).to_contain_text("The file can no longer be read")
 
 
 def test_a_model_that_says_nothing_holds_up_no_picture(open_page, samples):
@@ -262,6 +283,8 @@ def test_every_sample_is_a_click_away_and_recognised(open_page):
 def test_a_key_is_asked_for_and_kept_in_the_tab(open_page, other_server, samples):
     page = open_page(url=other_server.url)
     drop(page, ("a.webp", of_label(samples, "frog").data), ("b.webp", of_label(samples, "ship").data))
+    assert not page.evaluate(DROP_TEXT, "key"), "the browser puts it into the field"
+    assert page.evaluate(DROP_TEXT, "drop")
     page.get_by_label("API key").fill("wrong")
     page.keyboard.press("Enter")
     page.get_by_text("did not take this key").wait_for()

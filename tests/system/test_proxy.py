@@ -125,6 +125,19 @@ def test_a_body_that_crawls_in_occupies_no_replica(cluster, samples):
         assert connection.recv(12) == b"HTTP/1.1 200"
 
 
+def wait_for_more(cluster: Cluster, index: int) -> None:
+    """Until a replica has classified 100 more images than it has now."""
+
+    url = f"http://{cluster.addresses[index]}:{cluster.settings['port']}"
+
+    def images() -> float:
+        return float(re.search(r"^convmixer_images_total (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+
+    enough = images() + 100
+    while images() < enough:
+        time.sleep(0.02)
+
+
 @with_haproxy
 def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, samples):
     """One is told to stop and replaced, then the other is killed: its requests are repeated."""
@@ -143,9 +156,9 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load)
         assert cluster.restart(0) == 0
-        time.sleep(1)  # in the middle of some load
+        wait_for_more(cluster, 1)  # it is in the middle of some load
         cluster.replicas[1].process.send_signal(signal.SIGKILL)
-        time.sleep(1)
+        wait_for_more(cluster, 0)
         killed.set()
         tallies = loaded.result()
     assert all(len(tally.right) == tally.sent > 0 for tally in tallies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from training.data import ImageSet
 from training.fused import use_cpu_kernels, use_fused_blocks
 from training.kernels import Kernels, available
 
+pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler: then the library's kernels are used")
 Images = Callable[[int, int], Tensor]
 
 

@@ -29,7 +29,7 @@ from training.data import ImageSet, load_images
 from training.errors import DataError
 from training.evaluate import evaluate
 from training.release import export_artifact, load_evaluation, write_card_for
-from training.report import render_card, write_card
+from training.report import _markdown, render_card, write_card
 from training.train import train
 
 NAMED = {"name": "tiny", "version": "9.8.7", "command": "convmixer-train train --preset cpu"}
@@ -63,23 +63,22 @@ def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize(("train_size", "scaled"), [(34, ", enlarged to 34 × 34"), (32, ""), (30, ", reduced to 30 × 30")])
-def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(
-    tmp_path: Path, train_size: int, scaled: str
-) -> None:
+def test_where_all_pictures_were_enlarged_the_service_makes_others_as_small_first(tmp_path: Path) -> None:
     images = load_images(CIFAR10, "train", 36, "bicubic")
     assert images.enlarged_from == 32
-    config = replace(TINY, image_size=36, train_size=train_size, resample="bicubic", epochs=1)
+    config = replace(TINY, image_size=36, resample="bicubic", epochs=1)
     checkpoint = train(config, images, tmp_path, QUIET)
     evaluate(checkpoint, CIFAR10, tmp_path / "evaluation.json", "cpu")
     export_artifact(checkpoint, tmp_path / "tiny.onnx", CIFAR10, **NAMED)
     found = metadata(tmp_path / "tiny.onnx")
     assert found["resize"] == {"mode": "crop", "filter": "bicubic", "through": 32}
-    write_card_for(checkpoint, tmp_path / "tiny.onnx", CIFAR10, tmp_path / "card.md")
-    card = (tmp_path / "card.md").read_text()
-    training = f"in training {train_size} × {train_size}"
-    assert f"| Input | 36 × 36 RGB, {training}; other shapes: crop, bicubic, by way of 32 × 32 |" in card
-    assert f"each had 32 × 32 pixels{scaled}, so" in card
+    description = load_checkpoint(checkpoint).description
+    for train_size, scaled in ((34, ", enlarged to 34 × 34"), (32, ""), (30, ", reduced to 30 × 30")):
+        description["training"]["config"]["train_size"] = train_size
+        card = _markdown(description, load_evaluation(checkpoint), found, "tiny")
+        training = f"in training {train_size} × {train_size}"
+        assert f"| Input | 36 × 36 RGB, {training}; other shapes: crop, bicubic, by way of 32 × 32 |" in card
+        assert f"each had 32 × 32 pixels{scaled}, so" in card
 
 
 def test_the_card_says_what_the_network_enlarges(evaluated: Path, tmp_path: Path) -> None:
@@ -165,11 +164,9 @@ def test_a_classs_name_is_no_markup_and_no_mathematics(artifact: Path, evaluated
     assert [unescape(cell) for cell in cells[1:]] == classes, "behind the top-5 accuracy"
 
 
-def test_the_card_has_the_validation_accuracy_that_was_measured_last(
-    artifact: Path, evaluated: Path, photos: ImageSet, tmp_path: Path
-) -> None:
+def test_the_card_has_the_validation_accuracy_that_was_measured_last(artifact: Path, evaluated: Path) -> None:
     """Earlier versions measured it at the end of each epoch, then for a mean of several, and not when calibrating."""
-    checkpoint, card = load_checkpoint(evaluated), tmp_path / "card.md"
+    checkpoint = load_checkpoint(evaluated)
     training, calibration = checkpoint.description["training"], checkpoint.description["calibration"]
     training["history"][-1]["val_accuracy"] = 0.25
     del calibration["accuracy"]
@@ -179,8 +176,8 @@ def test_the_card_has_the_validation_accuracy_that_was_measured_last(
         (calibration, {"accuracy": 0.75}, "75.00%"),
     ):
         owner.update(changes)
-        write_card(checkpoint, load_evaluation(evaluated), metadata(artifact), photos, card)
-        assert f"| Validation accuracy | {said} (" in card.read_text()
+        card = _markdown(checkpoint.description, load_evaluation(evaluated), metadata(artifact), "tiny")
+        assert f"| Validation accuracy | {said} (" in card
 
 
 @pytest.mark.parametrize("name", ["accurate", "fast", "fast-int8"])

@@ -669,6 +669,7 @@ def test_an_output_that_is_no_folder(animals: ImageSet, tmp_path: Path, runtime:
     assert output.read_text() == "in the way"
 
 
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 def test_a_compiler_means_fast_gradients_of_the_same_kind(
     animals: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import threading
@@ -10,7 +9,6 @@ import time
 from concurrent.futures import CancelledError, wait
 
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
@@ -19,6 +17,7 @@ from app.engine.scheduler import Scheduler
 from app.engine.session import Session
 from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError, UndecodableImage, UnsupportedImage
 from app.images import DecodeLimits, decode_image
+from tests.broken_model import write_broken_model
 
 TIMEOUT_S = 60
 
@@ -474,25 +473,8 @@ def test_memory_is_given_back_now_and_then_when_there_is_always_something_to_do(
 @pytest.mark.parametrize("output", ["logits", "similarity"])
 def test_an_answer_that_is_no_number_fails_for_that_image_alone(artifact_path, samples, tmp_path, output):
     """JSON has no word for it."""
-    model = onnx.load(artifact_path)
-    (maker,) = [node for node in model.graph.node if output in node.output]
-    maker.output[list(maker.output).index(output)] = "number"
-    constants = {"axes": [1, 2, 3], "white": np.float32(255), "shape": [-1] if output == "similarity" else [-1, 1]}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items())
-    node = onnx.helper.make_node
-    model.graph.node.extend(
-        [
-            node("Cast", ["images"], ["pixels"], to=onnx.TensorProto.FLOAT),
-            node("ReduceMin", ["pixels", "axes"], ["darkest"], keepdims=0),
-            node("Sub", ["darkest", "white"], ["zero_if_white"]),
-            node("Div", ["zero_if_white", "zero_if_white"], ["nan_if_white"]),
-            node("Reshape", ["nan_if_white", "shape"], ["factor"]),
-            node("Mul", ["number", "factor"], [output]),
-        ]
-    )
-    path = tmp_path / "nan.onnx"
-    onnx.save(model, path)
-    session = Session(read_verified(path, hashlib.sha256(path.read_bytes()).hexdigest()), "cpu")
+    path = tmp_path / "broken.onnx"
+    session = Session(read_verified(path, write_broken_model(artifact_path, output, path)), "cpu")
     scheduler = Scheduler(
         session, session.metadata.resize, DecodeLimits(10**6, 10**4), workers=1, max_batch=8, max_queue=100, coalesce=False
     )
