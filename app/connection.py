@@ -183,8 +183,8 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request's first byte (httptools, as those below)."""
         super().on_message_begin()
-        if not self._deaf and not self.pipeline:  # one before it in the same read has ended its own
-            self.receive_by = self.receive_by or self.active + self.settings.receive_timeout_s
+        if not self._deaf and not self.pipeline:
+            self.receive_by = self.active + self.settings.receive_timeout_s
         self._between = False
         self._in_headers = True
         self._parsed_bytes = 0
@@ -204,7 +204,10 @@ class Protocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
         if self in self.probes and self.url.partition(b"?")[0] not in PROBES:
-            self._refuse(self._all_busy())
+            if len(self.connections) - len(self.probes) < self.settings.max_connections:  # others have left since
+                del self.probes[self]
+            else:
+                self._refuse(self._all_busy())
         if self._deaf:
             return
         if self.parser.get_http_version() == "1.0":
@@ -265,6 +268,8 @@ class Protocol(HttpToolsProtocol):
             if not cycle.more_body:
                 return
             self.receive_by = self.active + self.settings.receive_timeout_s
+        elif not self._between and self.receive_by is None:  # half a head behind what waited
+            self.receive_by = self.active + self.settings.receive_timeout_s
         self.idle.pop(self, None)
         self.idle[self] = None
 
@@ -295,12 +300,10 @@ class Protocol(HttpToolsProtocol):
             return
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
-        if self.receive_by is None:
+        if self.receive_by is None or (self._between and not self._header_bytes):  # nothing was asked
             # what was sent in time may still lie there: after a pause of the whole process this comes before reading
             if self in self.idle and not _has_something_to_read(self.transport):
                 self.transport.close()
-        elif self._between and not self._header_bytes:
-            self.transport.close()  # nothing was asked
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
             self._refuse(ReceiveTimeout(f"the request did not arrive within {timeout}"))

@@ -24,7 +24,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
+from app.api.inference import LONG_ANSWER, SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.problems import problem_response
 from app.deadline import deadline_ms
 from app.engine.outcome import Outcome, Timing
@@ -152,7 +152,7 @@ async def classify(
     good = [upload.data for upload in uploads if upload.error is None]
     exchange: Exchange = request.state.exchange
     results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
-    if explain:  # heat maps take a while to write
+    if explain or len(good) * len(service.metadata.classes) > LONG_ANSWER:  # it takes a while to write
         return await run_in_threadpool(_answer, service, uploads, results, wanted, exchange)
     return _answer(service, uploads, results, wanted, exchange)
 

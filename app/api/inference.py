@@ -27,6 +27,9 @@ DeadlineHeader = Annotated[int | None, Header(ge=1, le=MOST_DEADLINE_MS, descrip
 SHORT_JSON = 256 * 1024
 """Bytes of JSON that are read in less time than a thread would be told to."""
 
+LONG_ANSWER = 10_000
+"""Images times classes from which on an answer takes longer to write than a thread would take to be told to."""
+
 _COUNTED = 64 * 1024
 """Shorter answers are not worth refusing: their requests have been paid for."""
 

@@ -211,16 +211,22 @@ def _create(
     # helpers spin while a run lasts, which is what makes them fast, and sleep the moment it ends
     options.add_session_config_entry("session.force_spinning_stop", "1")
     choices = {}
-    if provider == "openvino":
+    if provider == "cuda":
+        # batches have many sizes, and cuDNN plans a convolution anew for each other one: the default, a search, would take longer
+        # than what it finds can save (microsoft/onnxruntime issue 23006; not measured: no GPU was there)
+        choices = {"cudnn_conv_algo_search": "HEURISTIC"}
+    elif provider == "openvino":
         # a part of the graph that OpenVINO cannot take would else go to onnxruntime's own kernels, without a word
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         # OpenVINO computes in threads of its own, one stream a run, while the worker that asked waits: never more than cores
         streams = {"NUM_STREAMS": str(runs), "INFERENCE_NUM_THREADS": str(runs * threads), "INFERENCE_PRECISION_HINT": precision}
         choices = {"device_type": "CPU", "load_config": json.dumps({"CPU": streams})}
     try:
-        return onnxruntime.InferenceSession(model.content, options, providers=[(_PROVIDER_NAMES[provider], choices)])
+        session = onnxruntime.InferenceSession(model.content, options, providers=[(_PROVIDER_NAMES[provider], choices)])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         raise StartupError(f"{model.path.name} is no model that onnxruntime can load: {error}") from error
+    session.disable_fallback()  # a failed run would make it one of the CPU's, under the workers and without a word
+    return session
 
 
 def _check_graph(session: onnxruntime.InferenceSession, metadata: ArtifactMetadata, needed: set[str]) -> None:

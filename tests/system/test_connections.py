@@ -453,9 +453,23 @@ def test_a_half_sent_request_behind_another_has_a_deadline(impatient, samples):
 
 
 def test_a_half_sent_head_behind_another_request_has_a_deadline(impatient, samples):
-    with connect(impatient) as connection:
-        connection.sendall(classify_request(samples[0].data) + CLASSIFY)
-        assert [status for status, _, _ in answers(connection)] == [200, 408]
+    before = classify_request(samples[0].data)
+    probe = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    for sent, expected in ((before, [200, 408]), (before + probe, [200, 200, 408]), (probe * 3, [200, 200, 200, 408])):
+        with connect(impatient) as connection:
+            connection.sendall(sent + CLASSIFY)
+            assert [status for status, _, _ in answers(connection)] == expected
+
+
+def test_the_deadline_of_a_request_begins_with_its_first_byte(start, samples):
+    """Browsers connect before there is anything to ask."""
+    wire = classify_request(samples[0].data, "Connection: close")
+    with connect(start(receive_timeout_s=3).wait_until_ready()) as connection:
+        time.sleep(2)
+        connection.sendall(wire[:-10])
+        time.sleep(1.5)
+        connection.sendall(wire[-10:])
+        assert [status for status, _, _ in answers(connection)] == [200]
 
 
 def test_a_head_that_is_refused_gets_its_own_id_and_no_body_for_head(impatient):
@@ -600,8 +614,7 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
                 connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 received += [status for status, _, _ in answers(connection)]
         assert received == [200, 503, 200]
-        for _ in range(16):  # on all places for probes
-            stack.enter_context(connect(url))
+        silent = [stack.enter_context(connect(url)) for _ in range(16)]  # on all places for probes
         for sent, expected in (
             (classify_request(samples[0].data, "Connection: close"), 503),
             (b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 200),
@@ -610,6 +623,11 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
                 connection.sendall(sent)
                 assert [status for status, _, _ in answers(connection)] == [expected]
         assert [next(answers(connection))[0] for connection in busy] == [200] * 4
+        for connection in busy:
+            connection.close()
+        assert httpx.get(f"{url}/livez").status_code == 200  # they have been seen leaving
+        silent[-1].sendall(classify_request(samples[0].data))
+        assert next(answers(silent[-1]))[0] == 200, "a place for anything is free again"
 
 
 def test_a_client_that_does_not_read_makes_room(start):

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 
 from app import __version__
 from app.api.codings import compress, decompress
-from app.api.inference import SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
+from app.api.inference import LONG_ANSWER, SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.schemas import (
     FAILURES,
@@ -46,6 +46,7 @@ from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
 from app.errors import MalformedRequest, NotServing, ServiceError, UnknownModel
+from app.schemas import Prediction
 from app.service import Service
 from app.telemetry.exchange import Exchange
 from app.verdict import judge
@@ -106,15 +107,14 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
     outcomes = [_outcome(call, index, result) for index, result in enumerate(results)]
     output_begin = time.monotonic()
     accepted = request.headers.get("accept-encoding", "")
-    # class maps are megabytes of numbers: written and compressed in the loop they would hold up everybody
+    # megabytes of numbers, written and compressed in the loop, would hold up everybody
     write = functools.partial(_write, call, outcomes, metadata, accepted)
-    answer, coding, length = await run_in_threadpool(write) if call.explain else write()
+    is_long = call.explain or len(outcomes) * len(metadata.classes) > LONG_ANSWER
+    answer, coding, length, predictions = await run_in_threadpool(write) if is_long else write()
     headers = {} if length is None else {_HEADER_LENGTH: str(length)}
     if coding:
         headers["Content-Encoding"] = coding
     end = time.monotonic()
-    plain = [replace(outcome, class_maps=None) for outcome in outcomes]  # a heat map would be drawn, for nobody
-    predictions = [judge(outcome, metadata, index=i, filename=None, top_k=1) for i, outcome in enumerate(plain)]
 
     def told(accepted: bool) -> None:
         if accepted:
@@ -129,11 +129,13 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
 
 def _write(
     call: tensors.InferenceCall, outcomes: list[Outcome], metadata: ArtifactMetadata, accepted: str
-) -> tuple[bytes, str | None, int | None]:
-    """The answer, its content coding, and the length of the JSON at its beginning if tensors follow it as bytes."""
+) -> tuple[bytes, str | None, int | None, list[Prediction]]:
+    """The answer, its content coding, the length of the JSON at its beginning if tensors follow it as bytes, what it says."""
     answer, length = tensors.build_answer(call, outcomes, metadata)
     answer, coding = compress(answer, accepted)
-    return answer, coding, length
+    plain = [replace(outcome, class_maps=None) for outcome in outcomes]  # a heat map would be drawn, for nobody
+    predictions = [judge(outcome, metadata, index=i, filename=None, top_k=1) for i, outcome in enumerate(plain)]
+    return answer, coding, length, predictions
 
 
 @router.get("", summary="What this server is")
