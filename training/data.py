@@ -57,7 +57,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 of pixels, labels and class names: equal only for the same data in the same order."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
-        digest.update(np.ascontiguousarray(self.images.numpy()))  # no copy, which could be of gigabytes
+        digest.update(np.ascontiguousarray(self.images.numpy()).data)  # no copy, which could be of gigabytes
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
