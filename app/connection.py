@@ -167,8 +167,6 @@ class Protocol(HttpToolsProtocol):
             self.idle[self] = None
 
     def _parse(self, data: bytes) -> None:
-        if self.receive_by is None:
-            self.receive_by = self.active + self.settings.receive_timeout_s
         in_body = not self._in_headers
         if not in_body:
             self._header_bytes += len(data)
@@ -267,8 +265,7 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
             if not cycle.more_body:
                 return
-            self.receive_by = self.active + self.settings.receive_timeout_s
-        elif not self._between and self.receive_by is None:  # half a head behind what waited
+        if not self._between and self.receive_by is None:  # what has begun behind others has its time from now on
             self.receive_by = self.active + self.settings.receive_timeout_s
         self.idle.pop(self, None)
         self.idle[self] = None

@@ -61,20 +61,25 @@ _CYCLE = TrainConfig(
 )
 """What the cycles of 256 channels have in common; each preset says what it has otherwise."""
 
+_KERNELS_OF_9 = ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2)
+"""The network of `accurate`."""
+
 _TAUGHT = replace(_CYCLE, label_smoothing=0.0, distill_weight=0.8, distill_temperature=2.0)
 """Those that learn from `--teacher`, too."""
 
 _TAUGHT_TO_THE_END = replace(_TAUGHT, augment=replace(_MIXED, mix_until=1.0), view_size=38, train_size=36, resample="bicubic")
+"""Those of `fast` that learn at 36 px, look at 38, and mix pictures to the end."""
+
 _TAUGHT_ACCURATE = replace(
     _TAUGHT_TO_THE_END,
-    model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
+    model=_KERNELS_OF_9,
     view_size=52,
     train_size=48,
     start_size=28,
     lr=0.003,
     muon_lr=0.003,
 )
-"""Those of `fast` that learn at 36 px, look at 38, and mix pictures to the end."""
+"""Those of `accurate` that learn at 48 px and look at 52."""
 
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
@@ -220,7 +225,7 @@ PRESETS: dict[str, Preset] = {
     "cpu-accurate": Preset(
         replace(
             _CYCLE,
-            model=ConvMixerConfig(hidden_dim=256, depth=8, kernel_size=9, patch_size=2),
+            model=_KERNELS_OF_9,
             image_size=48,
             start_size=32,
             epochs=23,

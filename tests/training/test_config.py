@@ -39,7 +39,8 @@ def test_paper_is_the_papers_network() -> None:
 
 def test_unknown_preset() -> None:
     with pytest.raises(
-        ConfigError, match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, .*, cpu-teacher, small, "
+        ConfigError,
+        match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, cpu-accurate-3, cpu-teacher, small, ",
     ):
         get_preset("tiny")
 
