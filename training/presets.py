@@ -222,6 +222,19 @@ PRESETS: dict[str, Preset] = {
         cost="111 minutes on two Xeon cores with AMX, bf16 (190 images a second at 24 px, 90 at 36, with all three teachers)",
         result="95.90 % on the test set, one run, looking at 38 px: `fast` (docs/models/fast.md)",
     ),
+    "cpu-12": Preset(
+        replace(
+            _TAUGHT_TO_THE_END,
+            epochs=15,
+            lr=0.003,
+            muon_lr=0.003,
+            seed=13,
+        ),
+        source="ours: a twelfth cycle, begun with what `cpu-11` ended with (--init), learning from the mean of `accurate` 1.4.0, "
+        "`cpu-11` and `cpu-teacher` (--teacher, three times), mixing to the end",
+        cost="111 minutes on two Xeon cores with AMX, bf16 (190 images a second at 24 px, 90 at 36, with all three teachers)",
+        result="not yet known",
+    ),
     "cpu-accurate": Preset(
         replace(
             _CYCLE,

@@ -136,7 +136,7 @@ class Client:
         def oldest() -> list[Prediction | ClassificationError]:
             nonlocal done
             batch, pending = in_flight[0]
-            results = batch.merge(self._wait(pending))
+            results = batch.merge(self._result(pending))
             in_flight.popleft()
             done += len(results)
             on_progress(done)
@@ -161,7 +161,7 @@ class Client:
             if failure:
                 raise failure
         finally:
-            for _, pending in in_flight:
+            for _, pending in reversed(in_flight):  # those that wait first, or each would begin when the one before it ends
                 pending.cancel()
 
     def _submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
@@ -172,16 +172,18 @@ class Client:
                 raise Unreachable("the client was closed")
             return Pending(self._loop, function, *args, **kwargs)
 
-    def _wait(self, pending: Pending[T]) -> T:
+    def _result(self, pending: Pending[T]) -> T:
         try:
             return pending.result()
         except asyncio.CancelledError:
             raise Unreachable("the client was closed") from None
-        finally:
-            pending.cancel()  # if a signal, such as Ctrl-C, ended the wait
 
     def _run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._wait(self._submit(function, *args, **kwargs))
+        pending = self._submit(function, *args, **kwargs)
+        try:
+            return self._result(pending)
+        finally:
+            pending.cancel()  # if a signal, such as Ctrl-C, ended the wait
 
     def health(self) -> Health:
         """What the probes say, now; never tried again.
