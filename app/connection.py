@@ -34,7 +34,7 @@ from app.wire import DefaultHeaders, compose
 if TYPE_CHECKING:
     from app.service import Service
 
-PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready"}
+PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"}
 PROBE_CONNECTIONS = 16
 """Beyond `CONVMIXER_MAX_CONNECTIONS`, for nothing but these: overload is no reason to be restarted."""
 
@@ -49,6 +49,12 @@ _MOST_PIPELINED_BODY = 64 * 1024
 
 _CLOSE_WITHIN_S = 2.0
 """So long a client that still sends may go on after an answer that ends the connection."""
+
+_CLOSED_BEFORE_THE_END_S = 1.0
+"""So long before the end of the time to drain, none goes on any more; the sweep that closes them may be late."""
+
+_HAS_LEFT = getattr(select, "POLLRDHUP", 0)
+"""That a client closed its sending side; where that is not told (macOS), one that closed both or broke off still is."""
 
 _LOOKS = 64
 """Connections looked at for one that may be closed to make room."""
@@ -118,7 +124,7 @@ class Protocol(HttpToolsProtocol):
         for connection in [one for one in waiting if (one in self.probes) is for_probes]:
             if connection.transport.is_closing():
                 del self.idle[connection]
-            elif connection.transport.get_write_buffer_size() or _has_something_to_read(connection.transport):
+            elif connection.transport.get_write_buffer_size() or _has(connection.transport, select.POLLIN):
                 self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
             else:
                 connection.transport.abort()
@@ -197,6 +203,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers: decides which way the request goes."""
+        if error := head.too_large(len(self.headers), self._parsed_bytes + len(self.url)):  # there may be none
+            self._refuse(error)
         if error := head.unreadable(self.parser.get_http_version(), self.headers, upgrade=self.parser.should_upgrade()):
             self._refuse(error)
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -295,11 +303,13 @@ class Protocol(HttpToolsProtocol):
             if now > self._close_at:
                 self.transport.close()
             return
+        if self.pipeline and self.flow.read_paused and _has(self.transport, _HAS_LEFT):
+            self.transport.abort()  # nothing is read behind two requests, so nobody else would see it
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
         if self.receive_by is None or (self._between and not self._header_bytes):  # nothing was asked
             # what was sent in time may still lie there: after a pause of the whole process this comes before reading
-            if self in self.idle and not _has_something_to_read(self.transport):
+            if self in self.idle and not _has(self.transport, select.POLLIN):
                 self.transport.close()
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
@@ -317,6 +327,8 @@ class Protocol(HttpToolsProtocol):
             self._deaf, self.receive_by = True, None
             self._stop_running()  # what has come of the request is not held meanwhile
             self._close_at = time.monotonic() + _CLOSE_WITHIN_S
+            if self.service.drain_by is not None:
+                self._close_at = min(self._close_at, self.service.drain_by - _CLOSED_BEFORE_THE_END_S)
             self.transport.write_eof()
             self.flow.resume_reading()
 
@@ -325,7 +337,9 @@ class Protocol(HttpToolsProtocol):
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy or self.transport.is_closing():
             super().shutdown()
-        elif not self._between or self._header_bytes or _has_something_to_read(self.transport):
+        elif self.cycle is not None and not self._in_headers:
+            self.close()  # it has its answer, and what still comes of it is not read
+        elif not self._between or self._header_bytes or _has(self.transport, select.POLLIN):
             self._last = True
         else:
             self.transport.close()
@@ -382,8 +396,9 @@ class Protocol(HttpToolsProtocol):
 
     def _answer_nothing(self, error: ServiceError) -> None:
         """Answers where there is no whole request."""
-        # an upload whose route waits for the rest
-        upload = None if self.cycle is None or self.cycle.response_complete else self.cycle.scope["state"].get("exchange")
+        state = {} if self.cycle is None or self.cycle.response_complete else self.cycle.scope["state"]
+        state["refused"] = True  # if its head came just now, its route has not begun, and must not
+        upload = state.get("exchange")  # whose route waits for the rest
         headers = () if self._between else self.headers
         request_id = choose_request_id(dict(headers).get(b"x-request-id", b""))
         exchange = upload or Exchange("", "", self.client, (), request_id, self.active, code=error.code)
@@ -420,7 +435,8 @@ class _CycleTransport(NamedTuple):
     close: Callable[[], None]
 
 
-def _has_something_to_read(transport: asyncio.BaseTransport) -> bool:
+def _has(transport: asyncio.BaseTransport, event: int) -> bool:
+    """Whether it has happened, or an error or the end of both sides have, at the transport's socket (poll(2))."""
     poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    poll.register(transport.get_extra_info("socket").fileno(), event)
     return bool(poll.poll(0))

@@ -19,7 +19,15 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError, WebPImageP
 
 from app.errors import ImageTooLarge, ServiceError, UndecodableImage, UnsupportedImage
 from app.file_cost import CountedReads, check_jpeg
-from pictures.pixels import compose_on_white, is_deep_grey, shorten_transparent_colour, to_8_bit, upright, with_a_third_colour
+from pictures.pixels import (
+    compose_on_white,
+    is_deep_grey,
+    load_first_frame,
+    scale_transparent_colour,
+    to_8_bit,
+    upright,
+    with_a_third_colour,
+)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _DRAFT_MARGIN = 4
@@ -48,8 +56,8 @@ class ResizeRule:
         side: S, pixels.
         mode: `crop` keeps the largest middle square, `squash` ignores the aspect ratio, `pad` adds grey bars.
         filter: name of a Pillow resampling filter.
-        through: side that a picture is brought to before it is enlarged to S: that of the training pictures, where these were
-            smaller than S. A sharper picture is none that the model knows.
+        through: side that a larger picture is brought to before it is enlarged to S: that of the largest training picture, where
+            these were smaller than S. A sharper picture is none that the model knows.
 
     Raises:
         ValueError: `through` is not between 1 and S.
@@ -125,23 +133,25 @@ def decode_image(
             check_jpeg(data, limits.max_pixels)
         with Image.open(CountedReads(with_a_third_colour(data), heartbeat), formats=FORMATS) as image:
             _check_size(image, limits)
-            shorten_transparent_colour(image, data)
+            scale_transparent_colour(image, data)
             announce(image.width * image.height)
             shape = _doubts_about_shape(image.size, rule)
-            if image.format == "JPEG":
+            warnings = []
+            if image.format in {"JPEG", "MPO"}:  # cameras put a small copy behind the photo, which Pillow then calls MPO
                 image.draft(None, (rule.side * _DRAFT_MARGIN, rule.side * _DRAFT_MARGIN))
-            warnings = ["animation: only the first frame was classified"] if getattr(image, "is_animated", False) else []
-            if image.format in {"JPEG", "MPO"}:  # in one piece: what cannot be decoded yet would be looked at again with each
-                image.decodermaxblock = len(data)
-            image.load()
-            if is_deep_grey(image):
+                image.decodermaxblock = len(data)  # in one piece: what cannot be decoded yet would be looked at again with each
+            elif getattr(image, "is_animated", False):
+                warnings.append("animation: only the first frame was classified")
+            first = load_first_frame(image)
+            if is_deep_grey(first):
                 warnings.append("16-bit grey was reduced to 8 bit")
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
-            small = _resize(to_8_bit(upright(image)), rule)
+            small = _resize(to_8_bit(upright(first)), rule)
             if small.mode == "RGBA" and np.asarray(small.getchannel("A")).min() < 255:
                 warnings.append("transparency was composed on white")
             small = compose_on_white(small)
-            seen = small.resize((rule.side, rule.side), Image.Resampling[rule.filter.upper()]) if rule.through else small
+            side = (rule.side, rule.side)
+            seen = small if small.size == side else small.resize(side, Image.Resampling[rule.filter.upper()])
             return DecodedImage(np.asarray(seen), (*warnings, *shape, *_doubts_about_content(small)))
     except ServiceError:
         raise
@@ -171,7 +181,8 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
 
 
 def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    size = (rule.through or rule.side,) * 2
+    """To the model's size; a picture larger than those of the training to theirs first, as far as it goes here."""
+    size = (rule.through if rule.through and min(image.size) > rule.through else rule.side,) * 2
     if image.size == size:
         return image
     method = Image.Resampling[rule.filter.upper()]

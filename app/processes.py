@@ -105,7 +105,7 @@ class Supervisor:
                     self._metrics.leave(folder)
                     self._start_due(command)
                     self._reap(folder)
-                    if not self._ever_ready and any(folder.glob("*.sock")):
+                    if not self._ever_ready and _is_listened_on(bound):
                         self._ever_ready = True
                         logger.info("Uvicorn running on http://%s:%d (%d processes)", host, port, self._settings.processes)
                     time.sleep(_POLL_S)
@@ -183,6 +183,12 @@ def _bind(settings: Settings) -> socket.socket:
         raise StartupError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
     bound.set_inheritable(True)
     return bound
+
+
+def _is_listened_on(bound: socket.socket) -> bool:
+    with suppress(OSError):  # it was closed
+        return bool(bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return False
 
 
 def command_line() -> list[str]:

@@ -151,8 +151,9 @@ class RequestGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection scope (ASGI 3)."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
+        if scope["state"].get("refused"):  # by the connection, for what came behind its headers
+            return None
         headers = dict(scope["headers"])
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         exchange = _begin(scope, request_id)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ANSWERED_WITHIN_S = 1.0
+_ANSWERED_WITHIN_S = 1.6
 """So long before the end of the time to drain, uploads that are still arriving are refused: they could not be answered."""
 
 _OTHER_FILES = 256
@@ -76,10 +76,29 @@ class _Server(uvicorn.Server):
         self._leave_at: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            service: Service = self.lifespan.state["service"]
-            threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
+        """As uvicorn's; an address that cannot be listened on ends the start.
+
+        Raises:
+            SystemExit: it does not start; the log says why.
+        """
+        try:
+            await super().startup(sockets)
+            for opened in sockets or ():
+                opened.listen(self.config.backlog)  # where another service has begun to meanwhile, uvloop says nothing
+        except OSError as error:  # what uvicorn does with the address that it opens itself
+            logger.error("%s", error)
+            await self.lifespan.shutdown()
+            self._say_it_cannot_listen()
+            raise SystemExit(ExitCode.STARTUP_FAILURE) from error
+        except SystemExit:
+            if not self.lifespan.should_exit:  # else it has said why
+                self._say_it_cannot_listen()
+            raise
+        service: Service = self.lifespan.state["service"]
+        threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
+
+    def _say_it_cannot_listen(self) -> None:
+        logger.critical("the service does not start: cannot listen on %s:%d", self.config.host, self.config.port)
 
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()

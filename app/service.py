@@ -74,6 +74,7 @@ class Service:
             coalesce=settings.coalesce,
             image_s=self.calibration.image_s,
             on_batch=self.metrics.observe_batch,
+            on_failure=self.metrics.observe_failure,
         )
         self.metrics.publish(self)
         logger.info(

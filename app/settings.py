@@ -131,10 +131,13 @@ class Settings(BaseModel):
             raise StartupError(f"unknown setting {', '.join(unknown)}; known: {', '.join(sorted(variables))}")
         values = {name: os.environ[variable] for variable, name in variables.items() if variable in os.environ}
         try:
-            return cls(**(values | overrides))
+            settings = cls(**(values | overrides))
         except ValidationError as error:
             problems = (f"{ENV_PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors())
             raise StartupError("; ".join(problems)) from error
+        if settings.metrics_port == settings.port:
+            raise StartupError(f"CONVMIXER_METRICS_PORT={settings.port} is CONVMIXER_PORT, too; leave it out, or give another")
+        return settings
 
     def contradictions(self) -> list[str]:
         """Where one of these settings undoes what another says; one sentence each."""

@@ -33,7 +33,8 @@ OPSET = 20
 """The first with Gelu as one operator: onnxruntime then keeps its own layout throughout (docs/performance.md)."""
 PARITY_BATCHES = (1, 2, 7)
 LOGIT_TOLERANCE = 1e-3
-_PARITY_CHUNK = 200
+_PARITY_CHUNK, _PARITY_SIDE = 200, 52
+"""Images compared at once, up to so many pixels a side; of larger ones fewer, for their feature maps' sake."""
 
 
 class Servable(nn.Module):
@@ -219,7 +220,8 @@ def check_parity(
     mean, std = (torch.tensor(description[k]).view(1, 3, 1, 1) for k in ("normalize_mean", "normalize_std"))
     enlarge = _enlargement(description, white=1.0)
     chunks = [images[:n] for n in PARITY_BATCHES]
-    chunks += [images[i : i + _PARITY_CHUNK] for i in range(0, len(images), _PARITY_CHUNK)]
+    at_once = max(1, _PARITY_CHUNK * _PARITY_SIDE**2 // max(_PARITY_SIDE, _view(description)) ** 2)
+    chunks += [images[i : i + at_once] for i in range(0, len(images), at_once)]
     difference, similarity_difference, equal, compared = 0.0, 0.0, 0, 0
     for number, chunk in enumerate(chunks):
         outputs = session.run(["logits", "class_maps", "similarity"], {"images": chunk})

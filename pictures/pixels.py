@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 _DEEP = 16
 """Bits of a colour."""
@@ -44,16 +44,44 @@ def with_a_third_colour(data: bytes) -> bytes:
     return data
 
 
-def shorten_transparent_colour(image: Image.Image, data: bytes) -> None:
-    """Of a PNG with 16 bits a colour, Pillow shortens the pixels to 8, but not the colour that is transparent.
+def scale_transparent_colour(image: Image.Image, data: bytes) -> None:
+    """Of a PNG, Pillow brings the pixels from 16, 4 or 2 bits a colour to 8, but not the colour that is transparent.
 
     Args:
         image: opened, and not loaded yet.
         data: the file.
     """
     key = image.info.get("transparency")
-    if image.format == "PNG" and data[24] == _DEEP and isinstance(key, tuple):
+    if image.format != "PNG":
+        return
+    bits, is_grey = data[24], data[25] == 0
+    if bits == _DEEP and isinstance(key, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in key)
+    elif bits in {2, 4} and is_grey and isinstance(key, int):
+        most = (1 << bits) - 1
+        image.info["transparency"] = (key & most) * 255 // most
+
+
+def load_first_frame(image: Image.Image) -> Image.Image:
+    """Of an animation the first frame that a browser shows, and as it shows it; of any other file the picture.
+
+    Pillow begins an animated PNG with the picture for viewers that know no animations, and fills what the first frame of a GIF
+    leaves uncovered with the first colour; for a browser that is transparent.
+
+    Args:
+        image: opened, and not loaded yet.
+    """
+    if getattr(image, "default_image", False):
+        image.seek(1)
+    covered = image.tile[0].extents if isinstance(image, ImageFile.ImageFile) and image.format == "GIF" and image.tile else None
+    image.load()
+    if covered in {None, (0, 0, *image.size)} or "transparency" in image.info:
+        return image
+    alpha = Image.new("L", image.size, 0)
+    alpha.paste(255, covered)
+    shown = image.convert("RGB")
+    shown.putalpha(alpha)
+    return shown
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -54,7 +54,7 @@ class ServerProcess:
         assert address, f"the server did not start:\n{self.log}"
         give_up = time.monotonic() + READY_TIMEOUT_S
         while True:
-            with suppress(httpx.TransportError):  # of several processes the first is announced just before it listens
+            with suppress(httpx.TransportError):  # a machine may be too busy to answer within 5 s
                 if httpx.get(f"{address[1]}/readyz").status_code == 200:
                     return address[1]
             assert time.monotonic() < give_up, self.log

@@ -58,7 +58,7 @@ def calibrate(
     """
     each = max(1, SIMILARITY_IMAGES // len(training.classes))
     of_class = [(training.labels == number).nonzero().flatten() for number in range(len(training.classes))]
-    chosen = torch.cat([indices[:: max(1, len(indices) // each)] for indices in of_class])
+    chosen = torch.cat([indices[_spread(len(indices), each)] for indices in of_class])
     sample = ImageSet(training.images[chosen], training.labels[chosen], training.classes)
     _, features = compute_outputs(network, sample, config, device)
     similarity = FeatureSimilarity.fit(features, sample.labels, len(training.classes))
@@ -75,6 +75,11 @@ def calibrate(
         },
         similarity,
     )
+
+
+def _spread(count: int, wanted: int) -> Tensor:
+    """So many indices below `count`, evenly apart; all if there are no more."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()
 
 
 def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, view_size: int | None = None) -> dict[str, Any]:
@@ -114,6 +119,7 @@ def recalibrate(checkpoint_path: Path, data_path: Path | None, device: str, view
         "config": config.to_dict(),
         "data_sha256": data.fingerprint(),
         "source_sha256": data.source_sha256,
+        "pictures_sha256": data.pictures_sha256,
     }
     save_checkpoint(
         checkpoint_path,

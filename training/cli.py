@@ -107,6 +107,13 @@ def evaluate(
             fg="yellow",
             err=True,
         )
+    elif learnt := report["learnt"]:
+        typer.secho(
+            f"{learnt} of these {report['images']} images are files that lie in train/, too: this says too much of new ones; "
+            "take them out of one of both",
+            fg="yellow",
+            err=True,
+        )
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
 
 

@@ -23,7 +23,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
-from pictures.pixels import compose_on_white, shorten_transparent_colour, to_8_bit, upright, with_a_third_colour
+from pictures.pixels import (
+    compose_on_white,
+    load_first_frame,
+    scale_transparent_colour,
+    to_8_bit,
+    upright,
+    with_a_third_colour,
+)
 from training.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
@@ -43,6 +50,7 @@ class ImageSet:
         enlarged_from: side of the largest picture (its shorter one) before all were enlarged to S; None if one was not.
         source_sha256: of the files, labels and class names that all this was read from, so the same at every S; None for images
             that were read from nothing, or are a part of others.
+        pictures_sha256: of the files alone, in whatever order and however they are labelled; likewise.
     """
 
     images: Tensor
@@ -50,6 +58,7 @@ class ImageSet:
     classes: list[str]
     enlarged_from: int | None = None
     source_sha256: str | None = None
+    pictures_sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,13 +136,48 @@ def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, frac
             f"{path} held out {theirs:g} of the same images, so it has learnt some of the {fraction:g} that this run would be "
             f"judged by; give --set val_fraction={theirs:g}"
         )
-    if not same and set(description["classes"]) & set(data.classes):
+    if not same and data.pictures_sha256 is not None and training.get("pictures_sha256") == data.pictures_sha256:
+        print(
+            f"{path} was trained with these very pictures, labelled or ordered otherwise, and others of them were held out: it "
+            "has learnt most of those by which this run is judged, and validation accuracy, temperature and rejection threshold "
+            "will be too good; the test set is not concerned",
+            file=sys.stderr,
+        )
+    elif not same and set(description["classes"]) & set(data.classes):
         print(
             f"{path} was trained with other images of the same classes, or with these in another order or size: if it has learnt "
             "some that are held out here, validation accuracy, temperature and rejection threshold will be too good; the test "
             "set is not concerned",
             file=sys.stderr,
         )
+
+
+def count_learnt(source: Path | None) -> int:
+    """Test images whose files are among those of the training, to the byte.
+
+    Args:
+        source: as of `load_images`; only of a folder with `train/` and `test/` there is something to count.
+
+    Raises:
+        DataError: a folder cannot be looked into.
+    """
+    if source is None or not all(name in _sub_folders(source) for name in _SPLITS):
+        return 0
+    folders = [_folder_of(source, split) for split in _SPLITS]
+    if folders[0] == folders[1]:
+        return 0
+    training, test = ([path for path, _ in _images_in(folder)] for folder in folders)
+    sizes = {path.stat().st_size for path in test}
+    learnt = {_sha256_of(path) for path in training if path.stat().st_size in sizes}
+    return sum(_sha256_of(path) in learnt for path in test)
+
+
+def _images_in(folder: Path) -> list[tuple[Path, int]]:
+    return [found for found in _find(folder, _sub_folders(folder)) if found[0].suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _sha256_of(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _load_cifar10(root: Path, split: str, image_size: int, resample: str) -> ImageSet:
@@ -151,7 +195,8 @@ def _load_cifar10(root: Path, split: str, image_size: int, resample: str) -> Ima
     if image_size != side:
         pixels = np.stack([np.asarray(_fit(Image.fromarray(image), image_size, resample)) for image in pixels])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, labels, classes, side if side < image_size else None, native.fingerprint())
+    each = [hashlib.sha256(picture.tobytes()).digest() for picture in source.data]
+    return ImageSet(images, labels, classes, side if side < image_size else None, native.fingerprint(), _together(each))
 
 
 def _folder_of(source: Path, split: str) -> Path:
@@ -205,6 +250,7 @@ def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
     labels = torch.tensor([label for _, label in files])
     source = hashlib.sha256("\0".join(classes).encode())
     source.update(labels.numpy().tobytes())
+    each = []
     for index, (path, _) in enumerate(tqdm(files, desc=f"reading {folder}", unit="img", leave=False, disable=None)):
         try:
             data = path.read_bytes()
@@ -213,8 +259,14 @@ def _load_folder(folder: Path, image_size: int, resample: str) -> ImageSet:
             reason = "of no known type" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(f"{path} cannot be read as an image ({reason}); remove or replace it") from error
         images[index], largest = torch.from_numpy(pixels).permute(2, 0, 1), max(largest, native)
-        source.update(hashlib.sha256(data).digest())
-    return ImageSet(images, labels, classes, largest if largest < image_size else None, source.hexdigest())
+        each.append(hashlib.sha256(data).digest())
+        source.update(each[-1])
+    smaller = largest if largest < image_size else None
+    return ImageSet(images, labels, classes, smaller, source.hexdigest(), _together(each))
+
+
+def _together(digests: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
@@ -254,9 +306,8 @@ def _decode(data: bytes, image_size: int, resample: str) -> tuple[np.ndarray, in
         uint8 [S, S, 3], RGB, and the picture's shorter side before.
     """
     with Image.open(io.BytesIO(with_a_third_colour(data))) as image:
-        shorten_transparent_colour(image, data)
-        image.load()
-        full = to_8_bit(upright(image))
+        scale_transparent_colour(image, data)
+        full = to_8_bit(upright(load_first_frame(image)))
     native = min(full.size)
     if full.size != (image_size, image_size):
         full = _fit(full, image_size, resample)

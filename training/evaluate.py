@@ -15,12 +15,14 @@ from model.architectures import Network
 from model.checkpoint import build_model, load_checkpoint
 from training.augment import preprocessing
 from training.config import TrainConfig
-from training.data import ImageSet, load_images
+from training.data import ImageSet, count_learnt, load_images
 from training.errors import DataError
 from training.kernels import keep_freed_memory
 from training.metrics import score
 
 BATCH_SIZE = 250
+_SIDE = 52
+"""Pixels a side up to which so many are taken at once; of larger ones fewer, so that their feature maps take no more memory."""
 
 
 def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device: str) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
         checkpoint_path: a `model.safetensors`.
         data_path: see `training.data.load_images`.
         output: JSON file written: top-1, top-5, per class, confusion matrix (rows: true class), NLL, Brier, ECE, and the
-            images it got wrong with the greatest confidence; and whether these are the images it was trained with.
+            images it got wrong with the greatest confidence; and whether these are the images it was trained with, or how many
+            of their files are among those of the training.
         device: torch device.
 
     Raises:
@@ -41,10 +44,10 @@ def evaluate(checkpoint_path: Path, data_path: Path | None, output: Path, device
     build_model(checkpoint)  # what is no model is refused before the images are read
     config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
     data = load_images(data_path, "test", config.image_size, config.resample)
-    return evaluate_images(checkpoint_path, data, output, device)
+    return evaluate_images(checkpoint_path, data, output, device, learnt=count_learnt(data_path))
 
 
-def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device: str) -> dict[str, Any]:
+def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device: str, *, learnt: int = 0) -> dict[str, Any]:
     """As `evaluate`, on test images that are in memory already.
 
     Args:
@@ -52,6 +55,7 @@ def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device:
         data: the test images.
         output: JSON file to write.
         device: where to compute.
+        learnt: of the images, those whose files are among those of the training.
 
     Returns:
         What was written: accuracy, per-class figures, calibration, origin.
@@ -73,6 +77,7 @@ def evaluate_images(checkpoint_path: Path, data: ImageSet, output: Path, device:
         "checkpoint_sha256": hashlib.sha256(checkpoint_path.read_bytes()).hexdigest(),
         "data_sha256": fingerprint,
         "trained_with": fingerprint == description["training"]["data_sha256"],
+        "learnt": learnt,
         **score(logits, data.labels, data.classes, description["calibration"]["temperature"]),
     }
     output.write_text(json.dumps(report, indent=2) + "\n")
@@ -107,9 +112,8 @@ def compute_outputs(
     torch.backends.cudnn.allow_tf32 = False  # else a GPU's float32 has ten bits of mantissa in convolutions
     model.eval().to(device).to(memory_format=torch.channels_last)  # not in inference mode: it may copy weights yet to be trained
     normalize = preprocessing(config)
-    batches = tqdm(
-        data.images.split(BATCH_SIZE), desc="evaluating", unit="batch", leave=False, disable=None if progress else True
-    )
+    at_once = max(1, BATCH_SIZE * _SIDE**2 // max(_SIDE, config.seen_size) ** 2)
+    batches = tqdm(data.images.split(at_once), desc="evaluating", unit="batch", leave=False, disable=None if progress else True)
     logits, pooled = [], []
     try:
         with torch.inference_mode():

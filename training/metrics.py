@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ WORST_MISTAKES = 32
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature that minimises cross-entropy on held-out images (Guo et al. 2017, arXiv 1706.04599).
+
+    Of few images that would be any number, so log T is taken for standard normal before they are looked at: of ten they decide
+    no more than half, of 2,500 all.
 
     Args:
         logits: float [N, C].
@@ -29,7 +33,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits / log_temperature.exp(), labels)
+        loss = F.cross_entropy(logits / log_temperature.exp(), labels) + log_temperature**2 / (2 * len(labels))
         loss.backward()
         return loss
 
@@ -53,8 +57,8 @@ def familiarity(logits: Tensor, temperature: float, similarity: Tensor) -> dict[
 
 
 def rejection_thresholds(scores: dict[str, Tensor], kept: float = 0.95) -> dict[str, float]:
-    """For each score the value below which a picture is called "none of the classes": keeps 95 % of held-out images."""
-    return {name: float(torch.quantile(values, 1 - kept)) for name, values in scores.items()}
+    """For each score the value below which a picture is called "none of the classes": keeps at least 95 % of held-out images."""
+    return {name: float(torch.quantile(values, 1 - kept, interpolation="lower")) for name, values in scores.items()}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:
@@ -101,6 +105,19 @@ def probability_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0)
         "brier": float((F.softmax(scaled, dim=1) - one_hot).square().sum(1).mean()),
         "ece": expected_calibration_error(calibration_bins(logits, labels, temperature)),
     }
+
+
+def proportion_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion (1927), which has a width where all or none are right, too.
+
+    Args:
+        share: that was found, in [0, 1].
+        count: of how many.
+    """
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def score(logits: Tensor, labels: Tensor, classes: list[str], temperature: float) -> dict[str, Any]:

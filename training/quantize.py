@@ -120,7 +120,7 @@ def quantize(artifact: Path, output: Path, data_path: Path | None, *, name: str)
             "name": name,
             "command": f"{metadata['command']} && convmixer-train quantize {artifact.name} {output.name}",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "test": {key: found[key] for key in metadata["test"]},
+            "test": metadata["test"] | {key: found[key] for key in metadata["test"] if key in found},
             "parity": asdict(parity),
             "quantized": {
                 "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),

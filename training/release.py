@@ -57,7 +57,11 @@ def export_artifact(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "checkpoint_sha256": evaluation["checkpoint_sha256"],
         "command": command,
-        "test": {key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")},
+        "test": {
+            key: evaluation[key]
+            for key in ("images", "trained_with", "top1", "top5", "per_class", "calibrated", "uncalibrated")
+            if key in evaluation
+        },
         "training": {
             "epochs": round(training["config"]["epochs"] * training["steps"] / training["total_steps"], 2),
             "seconds": round(training["seconds"]),

@@ -25,6 +25,7 @@ from PIL import Image
 from model.checkpoint import Checkpoint
 from training.data import ImageSet
 from training.figures import finish
+from training.metrics import proportion_interval
 
 _COLOR = "#2563eb"
 _MUTED = "#94a3b8"
@@ -179,7 +180,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
     config = {key: value for key, value in training["config"].items() if teachers or not key.startswith("distill_")}
     calibrated, raw = evaluation["calibrated"], evaluation["uncalibrated"]
     n, top1 = evaluation["images"], evaluation["top1"]
-    error = 1.96 * (top1 * (1 - top1) / n) ** 0.5
+    low, high = proportion_interval(top1, n)
     epochs = f"{config['epochs']} epochs"
     if training["steps"] < training["total_steps"]:
         epochs = (
@@ -216,10 +217,14 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
     seen = f", enlarged by the network to {view} × {view}" if view != artifact["input_size"] else ""
     seen += f", in training {trained} × {trained}" if trained != view else ""
     through = f", by way of {small} × {small}" if small else ""
-    learnt = " **These are the images it was trained with: this says nothing of new ones.**"
+    learnt = ""
+    if evaluation.get("trained_with"):
+        learnt = " **These are the images it was trained with: this says nothing of new ones.**"
+    elif count := evaluation.get("learnt"):
+        learnt = f" **{count:,} of these images are in the training, too: this says too much.**"
     rows = {
-        "Test accuracy, top-1": f"**{top1:.2%}** ± {error:.2%} (95 % sampling interval, {n:,} images; "
-        f"one run, seed {config['seed']}){learnt if evaluation.get('trained_with') else ''}",
+        "Test accuracy, top-1": f"**{top1:.2%}** ({low:.2%} to {high:.2%}: 95 % sampling interval, {n:,} images; "
+        f"one run, seed {config['seed']}){learnt}",
         "Test accuracy, top-5": f"{evaluation['top5']:.2%}",
         "Validation accuracy": f"{validation:.2%} ({training['validation_images']:,} held-out images)",
         "Network": f"{description['name']}, {artifact['parameters']:,} parameters, {artifact['macs'] / 1e9:.3f} GMAC an image",
@@ -230,7 +235,7 @@ def _markdown(description: dict[str, Any], evaluation: dict[str, Any], artifact:
         "ECE (15 bins), NLL, Brier after": f"{calibrated['ece']:.2%}, {calibrated['nll']:.4f}, {calibrated['brier']:.4f}",
         "Called none of the classes": f"{artifact['out_of_distribution']['score'].replace('_', ' ')} below "
         f"{artifact['out_of_distribution']['threshold']:.3f} "
-        "(keeps 95 % of held-out images)",
+        "(keeps at least 95 % of held-out images)",
         "Trained on": batches,
         **taught,
         "Training time": minutes,

@@ -207,6 +207,26 @@ class TrainingState:
             "seconds": before["seconds"] + (before.get("init") or {}).get("seconds", 0),
         }
 
+    def check_start(self, path: Path, progress: Progress) -> None:
+        """Refuses to go on with a run that began otherwise than it is told to now.
+
+        Args:
+            path: of the released checkpoint that it is to have begun with.
+            progress: of the run.
+
+        Raises:
+            CheckpointError: `path` is not a checkpoint.
+            ResumeError: it began with another, or with none.
+        """
+        load_checkpoint(path)
+        sha256, began = hashlib.sha256(path.read_bytes()).hexdigest(), progress.init
+        if began is None or began["sha256"] != sha256:
+            before = f"with {began['name']}, SHA-256 {began['sha256'][:12]}…" if began else "without --init"
+            raise ResumeError(
+                f"{self.path} began {before}, and not with {path}, SHA-256 {sha256[:12]}…; give --init what it was then, or none "
+                "(`convmixer-train calibrate` rewrites one), or another --output"
+            )
+
     def release(
         self,
         model: nn.Module,
@@ -247,6 +267,7 @@ class TrainingState:
                 "validation_images": n_validation,
                 "data_sha256": self.data_sha256,
                 "source_sha256": self.data.source_sha256,
+                "pictures_sha256": self.data.pictures_sha256,
                 "teachers": self.teachers,
                 "code_changed": self.code_changed,
                 "seconds": progress.seconds,
@@ -262,12 +283,30 @@ class TrainingState:
         return self.released_path
 
 
+_NOT_IN_A_RUN = {
+    "__init__.py",
+    "__main__.py",
+    "average.py",
+    "cli.py",
+    "errors.py",
+    "export.py",
+    "figures.py",
+    "presets.py",
+    "quantize.py",
+    "release.py",
+    "report.py",
+    "study.py",
+    "study_report.py",
+}
+"""Modules of which nothing that a run ends with depends; its settings are compared by themselves."""
+
+
 def _code_sha256() -> str:
-    """Of what a step computes with, as far as it is ours."""
+    """Of what a run computes with, as far as it is ours."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for path in sorted([*here.iterdir(), *(here.parent / "model").iterdir()]):
-        if path.suffix in {".py", ".cpp", ".h"}:
+        if path.suffix in {".py", ".cpp", ".h"} and path.name not in _NOT_IN_A_RUN:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -55,8 +55,8 @@ def difference(first: list[float], second: list[float]) -> Estimate:
     if min(len(first), len(second)) < 2:
         return Estimate(mean, math.inf)
     a, b = (float(np.var(values, ddof=1)) / len(values) for values in (first, second))
-    if a + b == 0:
-        return Estimate(mean, 0.0)
+    if a + b == 0:  # of few test images two accuracies may be equal by chance; that tells nothing of their spread
+        return Estimate(mean, math.inf)
     freedom = (a + b) ** 2 / (a * a / (len(first) - 1) + b * b / (len(second) - 1))
     return Estimate(mean, t_quantile(freedom) * math.sqrt(a + b))
 

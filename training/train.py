@@ -65,7 +65,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         output: folder for checkpoints and logs.
         runtime: device, precision and compilation.
         init: a released checkpoint whose weights the run begins with (fine-tuning, or one more cycle of the schedule as
-            in arXiv 1608.03983); a resumed run has begun already and does not read it.
+            in arXiv 1608.03983); a resumed run must have begun with it.
         teachers: released checkpoints whose answers to the same pictures, or the mean of them, the network learns to give.
         resume: continue from `output/last.safetensors`.
         finish: with `resume`, take no further step and release what the run has come to.
@@ -117,7 +117,11 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         raise ResumeError(
             f"{output} holds a run already; go on with it (--resume), remove {state.path}, or give another --output"
         )
+    if not resume and state.released_path.exists():
+        raise ResumeError(f"{output} holds a model already; remove {state.released_path} to replace it, or give another --output")
     progress = state.load() if resume else Progress(init=state.start_from(init) if init else None)
+    if resume and init:
+        state.check_start(init, progress)
     if progress.step == total_steps and state.has_released(progress):
         kept = state.released_path
         print(f"{output} holds a finished run; {kept} is left as it is (remove it to have it made again)", file=sys.stderr)

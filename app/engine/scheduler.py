@@ -76,6 +76,7 @@ class Scheduler:
         coalesce: compute identical images that are in flight together once.
         image_s: seconds of a worker that an image takes, as far as that was measured.
         on_batch: called after each batch with its outcomes, for metrics; must not raise.
+        on_failure: called with the times of an image that took a worker's time and has no outcome, likewise.
         hang_timeout_s: processor time of one step of decoding an image, or of one run of the model, from which on a worker is
             taken for hung (by the wall's clock, six times as long); the service then reports itself dead. The longest step of the
             largest picture accepted takes a second of a Zen 5 core.
@@ -93,11 +94,12 @@ class Scheduler:
         coalesce: bool = True,
         image_s: float | None = None,
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+        on_failure: Callable[[Timing], None] = lambda timing: None,
         hang_timeout_s: float = 5.0,
     ) -> None:
         self.session, self.rule, self.limits = session, rule, limits
         self.workers, self.max_batch, self.hang_timeout_s = workers, max_batch, hang_timeout_s
-        self._on_batch = on_batch
+        self._on_batch, self._on_failure = on_batch, on_failure
         self.service_time = ServiceTime(image_s or session.warm_up_ms / 1000 / 2, workers)
         self.admission = Admission(self.service_time, self.busy, max_queue=max_queue, coalesce=coalesce)
         self._watchdog = Watchdog()
@@ -272,8 +274,12 @@ class Scheduler:
         ready: list[Item] = []
         for item in batch:
             # the first is tried while it has any time, or nothing would be learnt; a client may leave during decoding, too
-            if self._decode(item, announce, end if ready else begin) and self.admission.is_wanted(item):
+            if not self._decode(item, announce, end if ready else begin):
+                continue
+            if self.admission.is_wanted(item):
                 ready.append(item)
+            else:
+                self._on_failure(item.timing)
         self._tell(untold)
         for explain in (False, True):
             group = [item for item in ready if item.explain is explain]
@@ -312,6 +318,7 @@ class Scheduler:
         except Exception as error:  # decode_image raises only ServiceErrors; a defect in it must still resolve the future
             item.data = b""
             item.timing.decode_s = time.monotonic() - begin
+            self._on_failure(item.timing)
             self.admission.fail(item, error)
             return False
         item.data = b""
@@ -334,6 +341,7 @@ class Scheduler:
             logger.exception("inference failed")
             self._failed_in_row += 1
             group[0].timing.infer_begin, group[0].timing.infer_s = begin, time.monotonic() - begin
+            self._on_failure(group[0].timing)
             self.admission.fail(group[0], InferenceFailed("the model failed on this image; the log has the reason"))
             return []
         infer_s = time.monotonic() - begin

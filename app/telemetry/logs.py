@@ -141,9 +141,12 @@ class BackgroundHandler(logging.Handler):
         return lines
 
     def _write(self, data: bytes) -> bool:
-        while data:
+        begin = 0
+        while begin < len(data):
+            # whole lines, as many as a pipe takes in one piece: other processes may write to it, too (pipe(7), PIPE_BUF)
+            end = data.rfind(b"\n", begin, begin + select.PIPE_BUF) + 1 or data.find(b"\n", begin) + 1
             try:
-                data = data[os.write(self.descriptor, data) :]
+                begin += os.write(self.descriptor, memoryview(data)[begin:end])
             except BlockingIOError:
                 select.select((), (self.descriptor,), ())
             except OSError:  # nobody reads any more, or the disk is full, which may pass

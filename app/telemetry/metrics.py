@@ -26,7 +26,7 @@ from app import __version__
 from app.errors import CLIENT_LEFT, NotServing, Overloaded, ServiceError
 
 if TYPE_CHECKING:
-    from app.engine.outcome import Outcome
+    from app.engine.outcome import Outcome, Timing
     from app.schemas import Prediction
     from app.service import Service
 
@@ -109,6 +109,17 @@ class Metrics(Collector):
                 self._queue_s.add(outcome.timing.queue_s)
                 self._decode_s.add(outcome.timing.decode_s)
 
+    def observe_failure(self, timing: Timing) -> None:
+        """Records the time of an image without an outcome; called by the engine's threads.
+
+        Args:
+            timing: of it; without a time in the model if it did not get there.
+        """
+        with self._lock:
+            self._decode_s.add(timing.decode_s)
+            if timing.infer_s:
+                self._infer_s.add(timing.infer_s)
+
     def observe_answer(self, seconds: float, predictions: Iterable[Prediction]) -> None:
         """Records a request that was answered with predictions.
 
@@ -141,7 +152,7 @@ class Metrics(Collector):
         )
         yield _histogram("convmixer_request_seconds", "A request answered with predictions, headers to answer.", self._request_s)
         yield _histogram("convmixer_queue_seconds", "An image's wait for a worker; 0 if it needed none.", self._queue_s)
-        yield _histogram("convmixer_decode_seconds", "Decoding of an image.", self._decode_s)
+        yield _histogram("convmixer_decode_seconds", "Decoding of an image, of one that fails, too.", self._decode_s)
         yield _histogram("convmixer_infer_seconds", "A batch in the model.", self._infer_s)
         yield _histogram("convmixer_batch_size", "Images in a batch.", self._batch_size)
         confidence = HistogramMetricFamily(

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 logger = logging.getLogger(__name__)
 
 _GATHER_TIMEOUT_S = 2.0
+_ASKED_AT_ONCE = 64
 _GATHERED_FOR_S = 1.0
 _PARENTS = "parent.prom"
 
@@ -70,6 +72,7 @@ class ParentMetrics(Collector):
         self.replacements = 0
         self._processes, self._begin = processes, time.time()
         self._left: int | None = None
+        self._failed = False
 
     def collect(self) -> Iterator[Metric]:
         """All three (prometheus_client's Collector)."""
@@ -84,15 +87,18 @@ class ParentMetrics(Collector):
         """Writes them down where `Siblings` finds them, if they are not there yet."""
         if self._left == self.replacements:
             return
-        self._left = self.replacements
         registry = CollectorRegistry()
         registry.register(self)
         new = folder / f"{_PARENTS}.new"
         try:
             new.write_bytes(generate_latest(registry))
             new.replace(folder / _PARENTS)
-        except OSError as error:  # a full disk is no reason to end
-            logger.warning("the number of replaced processes cannot be told: %s", error)
+        except OSError as error:  # a full disk is no reason to end, and may pass
+            if not self._failed:
+                logger.warning("the number of replaced processes cannot be told: %s", error)
+            self._failed = True
+        else:
+            self._left, self._failed = self.replacements, False
 
 
 class Siblings(Collector):
@@ -115,8 +121,10 @@ class Siblings(Collector):
                 for sample in family.samples:
                     known.add_sample(sample.name, {**sample.labels, **labels}, sample.value)
 
-        for path in sorted(self.folder.glob("*.sock")):
-            add(_read(path), process=path.stem)
+        paths = sorted(self.folder.glob("*.sock"))
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:  # each has its time: those that hang must not take that of the others
+            for path, text in zip(paths, pool.map(_read, paths), strict=True):
+                add(text, process=path.stem)
         with suppress(FileNotFoundError):  # it could not be written
             add((self.folder / _PARENTS).read_bytes())
         yield from families.values()

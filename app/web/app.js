@@ -25,7 +25,11 @@ drawLegend($("legend"));
 function describe({ name, version, classes, metadata }) {
   const accuracy = metadata.test?.top1;
   const facts = [`${name} ${version} tells ${classes.length} kinds of things apart: ${classes.join(", ")}.`];
-  if (accuracy) facts.push(`It is right on ${(100 * accuracy).toFixed(1)}% of its ${metadata.test.images.toLocaleString("en")} test images.`);
+  if (accuracy) {
+    const images = metadata.test.images.toLocaleString("en");
+    const which = metadata.test.trained_with ? `the ${images} images it was trained with, which says nothing of new ones` : `its ${images} test images`;
+    facts.push(`It is right on ${(100 * accuracy).toFixed(1)}% of ${which}.`);
+  }
   $("about").textContent = facts.join(" ");
 }
 

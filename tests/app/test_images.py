@@ -106,14 +106,21 @@ def test_16_bit_grey_keeps_its_tones(picture):
     assert result.warnings == ("16-bit grey was reduced to 8 bit",)
 
 
-def png(colour_type: int, transparent: bytes, pixels: np.ndarray) -> bytes:
-    """Of 16 bits a colour, which Pillow does not write."""
+def png(colour_type: int, transparent: bytes, pixels: np.ndarray, bits: int = 16) -> bytes:
+    """Of 16 bits a colour, or grey of less than 8, which Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour_type, 0, 0, 0)
+
+    def packed(row: np.ndarray) -> bytes:
+        if bits == 16:
+            return row.astype(">u2").tobytes()
+        each = np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :]
+        return np.packbits(each).tobytes()
+
+    rows = b"".join(b"\0" + packed(row) for row in pixels)
     chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
 
@@ -128,6 +135,15 @@ def test_a_transparent_tone_of_16_bits_becomes_white():
     colours[:16] = 40_000
     found = decode(png(2, struct.pack(">HHH", 513, 513, 513), colours))
     assert (found[:16] == 156).all()
+    assert (found[16:] == 255).all()
+
+
+@pytest.mark.parametrize(("bits", "key"), [(1, 0), (2, 1), (4, 7)])
+def test_a_transparent_tone_of_few_bits_becomes_white(bits, key):
+    grey = np.full((32, 32), key)
+    grey[:16] = key ^ 1
+    found = decode(png(0, struct.pack(">H", key), grey, bits))
+    assert (found[:16] == (key ^ 1) * 255 // (2**bits - 1)).all()
     assert (found[16:] == 255).all()
 
 
@@ -166,6 +182,34 @@ def test_the_first_frame_of_an_animation_counts_and_is_said(picture):
         assert result.warnings == ("animation: only the first frame was classified",)
 
 
+def test_of_an_animated_png_the_picture_for_other_viewers_does_not_count(picture):
+    other = Image.new("RGB", picture.size, "red")
+    data = encode(other, "PNG", save_all=True, append_images=[picture, other], default_image=True)
+    result = decode_image(data, RULE, LIMITS)
+    assert np.array_equal(result.pixels, np.asarray(picture))
+    assert result.warnings == ("animation: only the first frame was classified",)
+
+
+def test_what_the_first_frame_of_a_gif_leaves_uncovered_is_transparent():
+    frame = Image.new("P", (16, 32), 1)
+    frame.putpalette([255, 0, 0, 0, 255, 0])
+    data = bytearray(encode(frame, "GIF"))
+    data[6:8] = struct.pack("<H", 32)  # the screen, twice as wide
+    result = decode_image(bytes(data), RULE, LIMITS)
+    assert (result.pixels[:, :16] == [0, 255, 0]).all()
+    assert (result.pixels[:, 16:] == 255).all()
+    assert result.warnings == ("transparency was composed on white",)
+
+
+def test_a_photo_with_a_small_copy_behind_it_is_read_as_any_other(picture):
+    large = picture.resize((800, 800))
+    data = encode(large, "MPO", quality=95, save_all=True, append_images=[picture])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    result = decode_image(data, RULE, LIMITS)
+    assert result.warnings == ()
+    assert np.array_equal(result.pixels, decode(encode(large, "JPEG", quality=95)))
+
+
 def test_a_picture_may_be_made_as_small_as_those_of_the_training_and_enlarged_then(samples, repository):
     rule = ResizeRule(48, "crop", "bilinear", through=32)
     with Image.open(samples[0].path) as image:
@@ -181,6 +225,12 @@ def test_a_picture_may_be_made_as_small_as_those_of_the_training_and_enlarged_th
     buffer = io.BytesIO()
     middle.resize((24, 24)).save(buffer, "PNG")
     assert decode_image(buffer.getvalue(), rule, LIMITS).warnings[0] == "24 x 24 pixels were enlarged to 32 x 32"
+
+
+def test_what_is_smaller_than_the_training_pictures_is_enlarged_at_once(picture):
+    small = picture.resize((20, 24))
+    found = decode(encode(small, "PNG"), ResizeRule(48, "crop", "bicubic", through=40))
+    assert np.array_equal(found, np.asarray(ImageOps.fit(small, (48, 48), Image.Resampling.BICUBIC)))
 
 
 def test_shapes_follow_the_resize_rule():

@@ -253,6 +253,7 @@ def test_an_image_may_arrive_in_any_pieces(base_url, samples):
         (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 40_000, 431, "headers_too_large"),
         (b"GET / HTTP/1.1\r\nX-A: " + b"a" * 33_000 + b"\r\n\r\n", 431, "headers_too_large"),
         (b"GET /livez?" + b"a" * 33_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "headers_too_large"),
+        (b"GET /livez?" + b"a" * 33_000 + b" HTTP/1.0\r\n\r\n", 431, "headers_too_large"),
         (b"GET /livez\r\n\r\n", 400, "malformed_request"),
         (b"GET /livez HTTP/2.0\r\nHost: x\r\n\r\n", 400, "malformed_request"),
         (b"GET / HTTP/1.1\r\nX-A: ", 408, "receive_timeout"),
@@ -306,6 +307,25 @@ def test_an_upload_that_stalls_is_counted_once_as_what_it_was_told(start):
     assert 'status="499"} 0.0' in text
     assert server.stop() == 0
     assert server.log.count("mine") == 1
+
+
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+def test_what_is_refused_as_it_arrives_never_reaches_its_route(start, expect):
+    """Head and broken body come together: uvicorn has made the route's task, and it has not run."""
+    server = start(access_log="all")
+    url = server.wait_until_ready()
+    head = CLASSIFY + b"X-Request-ID: mine\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n" + expect
+    with connect(url) as connection:
+        connection.sendall(head + b"\r\nZZZ\r\n")
+        ((status, _, body),) = answers(connection)
+    assert (status, body["code"], body["request_id"]) == (400, "malformed_request", "mine")
+    text = httpx.get(f"{url}/metrics").text
+    assert 'convmixer_failures_total{code="malformed_request"} 1.0' in text
+    assert "convmixer_requests_total" in text
+    assert not re.search(r'^convmixer_requests_total\{status="(499|500)"\} [^0]', text, re.MULTILINE)
+    assert server.stop() == 0
+    assert server.log.count('"mine"') == 1
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("media_type", ["image/png", "application/json"])
@@ -609,11 +629,11 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
         for connection in busy:
             connection.sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
         received = []
-        for path in (b"/readyz", b"/classify", b"/livez?verbose"):
+        for path in (b"/readyz", b"/classify", b"/livez?verbose", b"/metrics"):
             with connect(url) as connection:
                 connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 received += [status for status, _, _ in answers(connection)]
-        assert received == [200, 503, 200]
+        assert received == [200, 503, 200, 200]
         silent = [stack.enter_context(connect(url)) for _ in range(16)]  # on all places for probes
         for sent, expected in (
             (classify_request(samples[0].data, "Connection: close"), 503),
@@ -662,6 +682,22 @@ def test_a_client_that_closes_its_sending_side_has_left(start):
         assert connection.recv(1) == b""
     while 'convmixer_requests_total{status="499"} 1.0' not in httpx.get(f"{url}/metrics").text:
         pass
+
+
+def test_a_client_that_leaves_with_a_second_request_behind_its_first_is_seen(start):
+    url = start(workers=1, max_batch=1, coalesce=0).wait_until_ready()
+    slow = io.BytesIO()
+    Image.new("RGB", (6000, 6000), "red").save(slow, "PNG")
+    request = httpx.Request("POST", f"{url}/classify", files=[("images", ("slow.png", slow.getvalue()))] * 16)
+    body = request.read()
+    head = f"X-Deadline-Ms: 60000\r\nContent-Type: {request.headers['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connect(url) as connection:
+        connection.sendall(CLASSIFY + head.encode() + body)
+        while not re.search(r"^convmixer_queue_depth 1[0-9]", httpx.get(f"{url}/metrics").text, re.MULTILINE):
+            pass
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+    while 'convmixer_requests_total{status="499"} 1.0' not in (text := httpx.get(f"{url}/metrics").text):
+        assert 'convmixer_requests_total{status="200"} 0.0' in text, "all of it was computed for nobody"
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, samples):

@@ -149,8 +149,11 @@ def test_failures_say_how_far_they_came(client, samples, content_type):
         assert response.status_code >= 400
         return {name: float(ms) for name, _, ms in (s.partition(";dur=") for s in response.headers["Server-Timing"].split(", "))}
 
+    before = value(client, "convmixer_decode_seconds_count"), value(client, "convmixer_images_total")
     damaged = timing(samples[0].data[:200])
     assert damaged["decode"] > 0
+    after = value(client, "convmixer_decode_seconds_count"), value(client, "convmixer_images_total")
+    assert after == (before[0] + 1, before[1]), "it took a worker's time, and was not classified"
     assert damaged["infer"] == 0
     assert damaged["total"] >= damaged["decode"] + damaged["queue"] - 0.02
     refused = timing(bytes(200_000))

@@ -89,6 +89,16 @@ def test_an_upload_that_never_ends_does_not_hold_up_the_end(start):
     assert server.wait() == 0
 
 
+def test_what_still_owes_the_rest_after_its_answer_does_not_hold_up_the_end(start):
+    server = start(drain_timeout_s=600, receive_timeout_s=600)
+    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhas")
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 @pytest.mark.parametrize("case", ["half an image", "half a form", "a form in the queue"])
 def test_what_is_late_for_the_end_is_told_so(start, case):
     server = start(drain_timeout_s=2, workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
@@ -247,4 +257,8 @@ def test_a_port_in_use_is_refused(start):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert "address already in use" in refuses_to_start(start(port=taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        told = refuses_to_start(start(port=port))
+    assert "address already in use" in told
+    assert f"the service does not start: cannot listen on 127.0.0.1:{port}" in told
+    assert f"CONVMIXER_METRICS_PORT={port} is CONVMIXER_PORT, too" in refuses_to_start(start(port=port, metrics_port=port))

@@ -106,6 +106,20 @@ def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
     assert "it is replaced" not in server.log
 
 
+def test_a_process_whose_port_another_service_has_taken_meanwhile_does_not_start():
+    with socket.socket() as ours, socket.socket() as theirs:
+        for opened in (ours, theirs):
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # with which two may have one port until one listens
+        ours.bind(("127.0.0.1", 0))
+        theirs.bind(ours.getsockname())
+        theirs.listen()
+        command = [sys.executable, "-m", "app.cli", "serve", "--fd", str(ours.fileno())]
+        ended = subprocess.run(command, pass_fds=[ours.fileno()], capture_output=True, text=True, timeout=GIVE_UP_S, check=False)
+    assert ended.returncode == 3
+    assert "the service does not start: cannot listen on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, samples, artifact_path, tmp_path):
     model = tmp_path / "fast.onnx"
     shutil.copy(artifact_path.with_name("fast.onnx.sha256"), tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_logits_do_not_depend_on_how_images_are_batched(trained: Path, photos: I
     assert everything.shape == (200, 10)
     part = ImageSet(photos.images[50:53], photos.labels[50:53], photos.classes)
     torch.testing.assert_close(compute_logits(net, part, TINY, torch.device("cpu")), everything[50:53], atol=1e-5, rtol=1e-5)
+
+
+def test_test_images_that_are_in_the_training_too_are_counted(
+    trained: Path, photos: ImageSet, folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder_of(*photos.classes).rename(folder.parent / "copy")
+    for split in ("train", "test"):
+        shutil.copytree(tmp_path / "copy", folder / split)
+    for number, path in enumerate(sorted((folder / "train").rglob("*.webp"))):
+        if number >= 7:
+            path.unlink()
+        elif number == 0:
+            path.rename(path.parent.parent / "truck" / "renamed.webp")
+    report = evaluate(trained, folder, tmp_path / "report.json", "cpu")
+    assert (report["images"], report["learnt"], report["trained_with"]) == (200, 7, True)
+    assert evaluate(trained, CIFAR10, tmp_path / "report.json", "cpu")["learnt"] == 0
 
 
 def test_other_classes_are_refused(trained: Path, folder_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from training.metrics import (
     familiarity,
     fit_temperature,
     probability_scores,
+    proportion_interval,
     rejection_thresholds,
     score,
 )
@@ -46,7 +47,18 @@ def test_temperature_lowers_the_loss_it_minimises(honest: tuple[torch.Tensor, to
     logits, labels = honest[0] * 4, honest[1]
     best = probability_scores(logits, labels, fit_temperature(logits, labels))["nll"]
     assert best < probability_scores(logits, labels)["nll"]
-    assert best <= probability_scores(logits, labels, 4.0)["nll"]
+    assert best <= probability_scores(logits, labels, 4.0)["nll"] + 1e-6, "but for what speaks for no temperature at all"
+
+
+def test_temperature_of_few_images_does_little_harm(honest: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Whichever ten are held out; one that is wrong by a hair among nine that are right would have it fall to nearly 0."""
+    logits, labels = honest
+    loss = probability_scores(logits, labels)["nll"]
+    for begin in range(0, 2000, 10):
+        few = slice(begin, begin + 10)
+        assert probability_scores(logits, labels, fit_temperature(logits[few], labels[few]))["nll"] < loss + 0.5
+    margins = torch.tensor([[1.0, 0.0]] * 9 + [[0.0, 0.01]])
+    assert fit_temperature(margins, torch.zeros(10, dtype=torch.int64)) > 0.2
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -104,6 +116,22 @@ def test_threshold_keeps_95_of_100(honest: tuple[torch.Tensor, torch.Tensor]) ->
     for name, values in expected.items():
         torch.testing.assert_close(familiarity(logits, 1.3, similarity)[name], values)
         assert float((values >= thresholds[name]).double().mean()) == pytest.approx(0.95, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 9, 19, 20, 21])
+def test_threshold_of_few_images_keeps_as_many(count: int) -> None:
+    values = torch.rand(count, dtype=torch.float64)
+    kept = (values >= rejection_thresholds({"any": values})["any"]).double().mean()
+    assert kept >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [(1.0, 20, 0.8389, 1.0), (0.0, 10, 0.0, 0.2775), (0.5, 100, 0.4038, 0.5962), (0.959, 10_000, 0.9549, 0.9627)],
+)
+def test_interval_of_a_proportion(share: float, count: int, low: float, high: float) -> None:
+    """Of Wilson (1927); the first two are in every table."""
+    assert proportion_interval(share, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_report_adds_up() -> None:

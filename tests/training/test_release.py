@@ -53,8 +53,9 @@ def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
     assert found["resize"] == {"mode": "crop", "filter": "bilinear"}
     assert found["checkpoint_sha256"] == evaluation["checkpoint_sha256"]
     assert found["test"] == {
-        key: evaluation[key] for key in ("images", "top1", "top5", "per_class", "calibrated", "uncalibrated")
+        key: evaluation[key] for key in ("images", "trained_with", "top1", "top5", "per_class", "calibrated", "uncalibrated")
     }
+    assert found["test"]["trained_with"], "of which the page warns"
     assert found["training"]["epochs"] == TINY.epochs
     assert found["training"]["hardware"]
     assert datetime.date.fromisoformat(found["date"]) <= datetime.datetime.now(datetime.UTC).date()

@@ -22,6 +22,7 @@ import torch
 from model.checkpoint import SIMILARITY, CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import CIFAR10, QUIET, TINY
+from training import state as state_module
 from training import train as train_module
 from training.augment import preprocessing
 from training.calibrate import calibrate, recalibrate
@@ -304,6 +305,9 @@ def test_a_run_is_not_overwritten_by_another(animals: ImageSet, tmp_path: Path) 
     path = train(TINY, animals, tmp_path, QUIET)
     with pytest.raises(ResumeError, match="holds a run already"):
         train(TINY, animals, tmp_path, QUIET)
+    shutil.copytree(tmp_path, tmp_path / "released", ignore=shutil.ignore_patterns("last.*"))
+    with pytest.raises(ResumeError, match="holds a model already"):
+        train(TINY, animals, tmp_path / "released", QUIET)
     with pytest.raises(CheckpointError):  # of a run, not of a network
         train(TINY, animals, tmp_path / "next", QUIET, init=path.with_name("last.safetensors"))
 
@@ -563,6 +567,23 @@ def test_what_another_run_has_left_is_not_taken_for_its_own_release(
     other = train(replace(TINY, seed=1), photos, tmp_path / "other", QUIET)
     shutil.copy(other, stopped)
     assert_same_weights(train(TINY, photos, stopped, QUIET, resume=True), trained)
+
+
+def test_a_run_goes_on_with_what_it_began_with(trained: Path, photos: ImageSet, stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="began without --init"):
+        train(TINY, photos, stopped, QUIET, init=trained, resume=True)
+    next_run = tmp_path / "next"
+    train(TINY, photos, next_run, QUIET, init=trained)
+    assert train(TINY, photos, next_run, QUIET, init=trained, resume=True) == next_run / "model.safetensors"
+    with pytest.raises(ResumeError, match=r"began with convmixer-\S+ SHA-256"):
+        train(TINY, photos, next_run, QUIET, init=next_run / "model.safetensors", resume=True)
+    with pytest.raises(CheckpointError):
+        train(TINY, photos, next_run, QUIET, init=tmp_path / "none.safetensors", resume=True)
+
+
+def test_modules_that_do_not_count_as_the_code_of_a_run_exist(repository: Path) -> None:
+    names = {path.name for folder in ("training", "model") for path in (repository / folder).glob("*.py")}
+    assert names > state_module._NOT_IN_A_RUN
 
 
 def test_nothing_to_resume(photos: ImageSet, tmp_path: Path) -> None:

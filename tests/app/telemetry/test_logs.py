@@ -88,6 +88,21 @@ def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(
     assert len(written) - 1 + sum(missed) == lines
 
 
+def test_lines_of_several_processes_stay_whole_where_the_reader_is_slow(pipe):
+    reading, writing = pipe
+    handlers = [BackgroundHandler(writing) for _ in range(3)]
+    for handler in handlers:
+        handler.setFormatter(JsonFormatter())
+        for number in range(3000):
+            handler.handle(record("%d %s", number, "x" * 100))
+    received = bytearray()
+    while received.count(b"\n") < 9000:
+        received.extend(os.read(reading, 1000))
+    for handler in handlers:
+        handler.close()
+    assert all(json.loads(line)["message"] for line in received.splitlines())
+
+
 def test_lines_that_a_full_disk_did_not_take_are_counted(tmp_path):
     path, descriptor = tmp_path / "log", os.open("/dev/full", os.O_WRONLY)
     handler = BackgroundHandler(descriptor)
