@@ -12,9 +12,10 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import BaseModel
@@ -169,6 +170,7 @@ def classify(
     _require(files_from in {None, STDIN} or os.path.exists(files_from or ""), f"--files-from: {files_from} does not exist")  # noqa: PTH110
     _require(not files_from or not os.path.isdir(files_from), f"--files-from: {files_from} is a folder; give it as PATHS")  # noqa: PTH112
     roots = expand(patterns)
+    _require_another_file(parquet or output, [*roots, *filter(None, [files_from])])
     if parquet:
         import pyarrow.parquet  # noqa: F401 (it may be missing, and that should be said before anything is done)
 
@@ -228,6 +230,7 @@ def bench(
     from app.cli_bench import bench as measure
 
     _require(not (clients and rate), "--clients and --rate exclude one another")
+    _require(not urlsplit(url).username, "bench sends no user's name and password: give an address without")
     key = _read_key(api_key_file)
     with _open_client(url, key) as client:
         fine = measure(client, url, key, clients or [1, 8, 32], rate, seconds, image or [], as_json)
@@ -287,6 +290,14 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def _require(fits: bool, message: str) -> None:
     if not fits:
         raise typer.BadParameter(message)
+
+
+def _require_another_file(written: Path | None, read: list[str]) -> None:
+    for path in read if written else ():
+        is_same = False
+        with suppress(OSError):  # one of both is missing, or may not be looked at; `-` is standard input
+            is_same = path != "-" and os.path.samefile(path, written or "")  # noqa: PTH121 (as in `find_images`)
+        _require(not is_same, f"{written} is to be read, and would be overwritten; write to another file")
 
 
 def _read_key(path: Path | None) -> str | None:

@@ -72,7 +72,8 @@ def _glob(pattern: str) -> list[str]:
     """What matches, without what lies in a folder that matches, too: `**` gives both, and folders are searched recursively."""
     matches = {Path(match): match for match in sorted(glob.glob(pattern, recursive=True))}  # noqa: PTH207 (absolute ones, too)
     folders = {path for path, match in matches.items() if os.path.isdir(match)}  # noqa: PTH112 (as in `find_images`)
-    return [match for path, match in matches.items() if folders.isdisjoint(path.parents)]
+    found = [match for path, match in matches.items() if folders.isdisjoint(path.parents)]
+    return [f"./{match}" if match == STDIN else match for match in found]
 
 
 def _is_missing(path: str) -> bool:

@@ -327,13 +327,18 @@ class Protocol(HttpToolsProtocol):
             self._deaf, self.receive_by = True, None
             self._stop_running()  # what has come of the request is not held meanwhile
             self._close_at = time.monotonic() + _CLOSE_WITHIN_S
-            if self.service.drain_by is not None:
-                self._close_at = min(self._close_at, self.service.drain_by - _CLOSED_BEFORE_THE_END_S)
+            self._hurry()
             self.transport.write_eof()
             self.flow.resume_reading()
 
+    def _hurry(self) -> None:
+        """A client that still sends after its answer goes on no longer than the process does."""
+        if self._close_at and self.service.drain_by is not None:
+            self._close_at = min(self._close_at, self.service.drain_by - _CLOSED_BEFORE_THE_END_S)
+
     def shutdown(self) -> None:
         """The server ends (uvicorn): so does the connection, after the answer to a request that is in work or has been sent."""
+        self._hurry()
         busy = self.cycle is not None and not self.cycle.response_complete
         if busy or self.transport.is_closing():
             super().shutdown()
@@ -367,6 +372,7 @@ class Protocol(HttpToolsProtocol):
         self.pipeline.popleft()
         self.cycle = self.pipeline[0][0] if self.pipeline else self._running  # type: ignore[assignment]
         self.cycle.keep_alive = False
+        self.flow.resume_reading()  # what comes is thrown away, and it is seen when the client leaves
 
     def _cut_off(self) -> None:
         """Closes at once, what was not sent is lost: else the kernel would keep it for minutes, waiting to be read."""

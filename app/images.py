@@ -146,12 +146,17 @@ def decode_image(
             if is_deep_grey(first):
                 warnings.append("16-bit grey was reduced to 8 bit")
             # composed when small: a full-size layer and its white ground would double the memory of a large picture
-            small = _resize(to_8_bit(upright(first)), rule)
+            picture = to_8_bit(upright(first))
+            small = _resize(picture, rule.through or rule.side, rule)
             if small.mode == "RGBA" and np.asarray(small.getchannel("A")).min() < 255:
                 warnings.append("transparency was composed on white")
             small = compose_on_white(small)
-            side = (rule.side, rule.side)
-            seen = small if small.size == side else small.resize(side, Image.Resampling[rule.filter.upper()])
+            if not rule.through:
+                seen = small
+            elif min(picture.size) > rule.through:
+                seen = _resize(small, rule.side, rule)
+            else:  # in one step, as evaluation enlarges what is no larger than the training's
+                seen = compose_on_white(_resize(picture, rule.side, rule))
             return DecodedImage(np.asarray(seen), (*warnings, *shape, *_doubts_about_content(small)))
     except ServiceError:
         raise
@@ -180,9 +185,8 @@ def _check_size(image: Image.Image, limits: DecodeLimits) -> None:
         )
 
 
-def _resize(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """To the model's size; a picture larger than those of the training to theirs first, as far as it goes here."""
-    size = (rule.through if rule.through and min(image.size) > rule.through else rule.side,) * 2
+def _resize(image: Image.Image, side: int, rule: ResizeRule) -> Image.Image:
+    size = (side, side)
     if image.size == size:
         return image
     method = Image.Resampling[rule.filter.upper()]
@@ -199,7 +203,7 @@ def _doubts_about_shape(size: tuple[int, int], rule: ResizeRule) -> list[str]:
     doubts = []
     side = rule.through or rule.side
     if short < side:
-        doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {side} x {side}")
+        doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {rule.side} x {rule.side}")
     if long > _MAX_ASPECT * short:
         effect = {
             "crop": f"only the middle {short / long:.0%} of it was classified",

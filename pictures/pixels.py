@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import GifImagePlugin, Image, PngImagePlugin
 
 _DEEP = 16
 """Bits of a colour."""
@@ -65,23 +65,28 @@ def scale_transparent_colour(image: Image.Image, data: bytes) -> None:
 def load_first_frame(image: Image.Image) -> Image.Image:
     """Of an animation the first frame that a browser shows, and as it shows it; of any other file the picture.
 
-    Pillow begins an animated PNG with the picture for viewers that know no animations, and fills what the first frame of a GIF
-    leaves uncovered with the first colour; for a browser that is transparent.
+    Pillow begins an animated PNG with the picture for viewers that know no animations, and puts the first frame on it; what the
+    first frame of a GIF leaves uncovered it fills with the first colour. For a browser both are transparent there.
 
     Args:
         image: opened, and not loaded yet.
     """
-    if getattr(image, "default_image", False):
-        image.seek(1)
-    covered = image.tile[0].extents if isinstance(image, ImageFile.ImageFile) and image.format == "GIF" and image.tile else None
+    covered: tuple[float, float, float, float] | None = None
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.default_image:
+        with suppress(EOFError, OSError, SyntaxError):  # it has no frame, or none that is whole
+            image.seek(1)
+            image.blend_op, covered = PngImagePlugin.Blend.OP_SOURCE, image.dispose_extent
+    elif isinstance(image, GifImagePlugin.GifImageFile) and image.tile:
+        covered = image.tile[0].extents
     image.load()
-    if covered in {None, (0, 0, *image.size)} or "transparency" in image.info:
+    if covered is None or covered == (0, 0, *image.size):
         return image
-    alpha = Image.new("L", image.size, 0)
-    alpha.paste(255, covered)
-    shown = image.convert("RGB")
-    shown.putalpha(alpha)
-    return shown
+    left, top, right, bottom = map(int, covered)
+    frame = image.convert("RGBA")
+    outside = Image.new("L", image.size, 255)
+    outside.paste(0, (left, top, right, bottom))
+    frame.paste((0, 0, 0, 0), mask=outside)
+    return frame
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,23 +158,27 @@ def count_learnt(source: Path | None) -> int:
 
     Args:
         source: as of `load_images`; only of a folder with `train/` and `test/` there is something to count.
-
-    Raises:
-        DataError: a folder cannot be looked into.
     """
     if source is None or not all(name in _sub_folders(source) for name in _SPLITS):
         return 0
-    folders = [_folder_of(source, split) for split in _SPLITS]
+    try:
+        folders = [_folder_of(source, split) for split in _SPLITS]
+        training, test = map(_images_in, folders)
+    except DataError:  # what hinders training is no business of a test
+        return 0
     if folders[0] == folders[1]:
         return 0
-    training, test = ([path for path, _ in _images_in(folder)] for folder in folders)
     sizes = {path.stat().st_size for path in test}
-    learnt = {_sha256_of(path) for path in training if path.stat().st_size in sizes}
+    learnt = set()
+    for path in training:
+        with suppress(OSError):  # a link that leads nowhere: it has not been learnt
+            if path.stat().st_size in sizes:
+                learnt.add(_sha256_of(path))
     return sum(_sha256_of(path) in learnt for path in test)
 
 
-def _images_in(folder: Path) -> list[tuple[Path, int]]:
-    return [found for found in _find(folder, _sub_folders(folder)) if found[0].suffix.lower() in IMAGE_SUFFIXES]
+def _images_in(folder: Path) -> list[Path]:
+    return [path for path, _ in _find(folder, _sub_folders(folder)) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _sha256_of(path: Path) -> bytes:

@@ -46,7 +46,10 @@ def estimate(values: list[float]) -> Estimate:
     n = len(values)
     if n < 2:
         return Estimate(values[0], math.inf)
-    return Estimate(float(np.mean(values)), t_quantile(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n))
+    deviation = float(np.std(values, ddof=1))
+    if deviation == 0:  # of few test images two accuracies may be equal by chance; that tells nothing of their spread
+        return Estimate(float(np.mean(values)), math.inf)
+    return Estimate(float(np.mean(values)), t_quantile(n - 1) * deviation / math.sqrt(n))
 
 
 def difference(first: list[float], second: list[float]) -> Estimate:
@@ -55,7 +58,7 @@ def difference(first: list[float], second: list[float]) -> Estimate:
     if min(len(first), len(second)) < 2:
         return Estimate(mean, math.inf)
     a, b = (float(np.var(values, ddof=1)) / len(values) for values in (first, second))
-    if a + b == 0:  # of few test images two accuracies may be equal by chance; that tells nothing of their spread
+    if a + b == 0:
         return Estimate(mean, math.inf)
     freedom = (a + b) ** 2 / (a * a / (len(first) - 1) + b * b / (len(second) - 1))
     return Estimate(mean, t_quantile(freedom) * math.sqrt(a + b))
@@ -239,7 +242,7 @@ def _plain(found: Estimate) -> str:
 
 
 def _signed(found: Estimate) -> str:
-    return f"{found.mean:+.2f}" + (f" ± {found.half_width:.2f}" if math.isfinite(found.half_width) else " (one run)")
+    return f"{found.mean:+.2f}" + (f" ± {found.half_width:.2f}" if math.isfinite(found.half_width) else " (spread not known)")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

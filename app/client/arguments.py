@@ -7,14 +7,15 @@ import httpx
 _MAX_PORT = 65535
 
 
-def check_url(url: str) -> str:
+def check_url(url: str, api_key: str | None = None) -> str:
     """The service's address, as it must be.
 
     Args:
         url: with or without a path.
+        api_key: that is to be sent there.
 
     Raises:
-        ValueError: no http or https address.
+        ValueError: no http or https address, or one with a user's name beside a key: there is one header for both.
     """
     example = "it begins with http:// or https://, e.g. http://127.0.0.1:8000"
     try:
@@ -24,6 +25,8 @@ def check_url(url: str) -> str:
         raise ValueError(f"{url!r} is no address: {error}; {example}") from error
     if parsed.scheme not in {"http", "https"} or not parsed.host:
         raise ValueError(f"{url!r} is no address; {example}")
+    if parsed.userinfo and api_key is not None:
+        raise ValueError("the address has a user's name, and there is an API key: both are sent as Authorization; leave one out")
     if port is not None and not 1 <= port <= _MAX_PORT:
         raise ValueError(f"{url!r} is no address: there is no port {port}; {example}")
     return url

@@ -61,7 +61,7 @@ class AsyncClient:
     ) -> None:
         self._deadline_s = check_deadline(deadline_s)
         self._batch_size, self._concurrency = check_count("batch_size", batch_size), check_count("concurrency", concurrency)
-        self._http = httpx.AsyncClient(base_url=check_url(url), headers=authorization(api_key), limits=NO_LIMITS)
+        self._http = httpx.AsyncClient(base_url=check_url(url, api_key), headers=authorization(api_key), limits=NO_LIMITS)
         self._contact = Contact()
 
     async def classify(

@@ -145,14 +145,25 @@ def _attempts(pictures: list[Picture], wanted: Wanted, contact: Contact, begun: 
             yield Pause(pause_s)
         elif not too_large:
             return _give_up(outcome, pictures, is_there)
-        one_breaks_it = lost and is_there and refusals > 1
-        if len(pictures) > 1 and (too_large or one_breaks_it or isinstance(outcome, Overloaded)):
+        # none breaks a connection that was never made: then nobody listens, and will again
+        one_breaks_it = lost and is_there and refusals > 1 and not isinstance(reply, httpx.ConnectError | httpx.ConnectTimeout)
+        # not 429: who counts requests has more to refuse of halves
+        too_many = isinstance(outcome, Overloaded) and outcome.status == HTTPStatus.SERVICE_UNAVAILABLE
+        if len(pictures) > 1 and (too_large or one_breaks_it or too_many):
             # what does not fit as a whole may fit in halves: into a body limit, into the time for a body, into a queue. An image
             # that breaks the connection does so until its time is over, so half of the time is left to the other half
             now, middle = time.monotonic(), len(pictures) // 2
             first_end = now + (end - now) / 2 if one_breaks_it else end
+            if now >= end:
+                return _late(pictures)
             first = yield from _attempts(pictures[:middle], wanted, contact, begun, first_end, refusals)
+            if time.monotonic() >= end:
+                return first + _late(pictures[middle:])
             return first + (yield from _attempts(pictures[middle:], wanted, contact, begun, end, refusals))
+
+
+def _late(pictures: list[Picture]) -> Results:
+    return [Unreachable("the deadline passed before this part of the batch was sent")] * len(pictures)
 
 
 def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 UNREADABLE = "unreadable"
 UNREACHABLE = "unreachable"
 
+_LOADING = threading.Lock()
 _PNG_MODES = {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"}
 _WITHOUT_LOSS = {
     "I": ("I;16",),
@@ -188,7 +190,8 @@ def check_several(images: object) -> None:
     is_one = isinstance(images, str | os.PathLike | bytes | bytearray | memoryview) or _is_a(images, "PIL.Image", "Image")
     if _is_a(images, "numpy", "ndarray"):
         pixels = cast("NDArray[np.uint8]", images)
-        is_one = pixels.ndim < 3 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+        holds_images = pixels.dtype.kind in "OSU" and pixels.ndim > 0  # paths, bytes or pictures
+        is_one = not holds_images and (pixels.ndim < 3 or (pixels.ndim == 3 and pixels.shape[2] == 3))
     if is_one:
         raise TypeError("that is one image; classify_many takes several, classify takes one")
 
@@ -214,7 +217,8 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.load()  # turns a TIFF upright, which is then no more to be done
+    with _LOADING:  # Pillow's is not for two threads, and one image may be asked about twice at once
+        image.load()  # turns a TIFF upright, which is then no more to be done
     exif = _orientation_alone(image)
     if image.mode not in _PNG_MODES:
         for mode in _WITHOUT_LOSS.get(image.mode, ("RGB",)):

@@ -287,15 +287,15 @@ def check_columns(path: str, schema: pa.Schema, job: JobDescription) -> None:
     kind: Any = schema.field(job.image_column).type
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if id_kind(kind) != pa.binary():
         raise StartupError(f"{path}: column {job.image_column!r} must hold encoded images (binary); it is {kind}")
 
 
 def id_kind(kind: pa.DataType) -> pa.DataType:
-    """The same for types whose ids may stand in one column: how a writer of Parquet held its text does not matter.
+    """The same for types that may stand in one column: how a writer of Parquet held its text or bytes does not matter.
 
     Args:
-        kind: of a file's ids.
+        kind: of a file's ids, or images.
     """
     if pa.types.is_dictionary(kind):
         kind = kind.value_type

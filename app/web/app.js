@@ -6,6 +6,8 @@ import { Failure, classify, curlCommand, describeModel, fetchSample, isKey, key 
 
 const AT_ONCE = 4; // requests under way: enough to keep the service busy, few enough to leave room for others
 
+const MOST_NAMED = 20; // classes; /model has all
+
 const MODEL_WAIT_MS = 2000; // what it says changes how a preview is cropped, and no answer
 
 const $ = (id) => document.getElementById(id);
@@ -24,7 +26,9 @@ drawLegend($("legend"));
 
 function describe({ name, version, classes, metadata }) {
   const accuracy = metadata.test?.top1;
-  const facts = [`${name} ${version} tells ${classes.length} kinds of things apart: ${classes.join(", ")}.`];
+  const more = classes.length - MOST_NAMED;
+  const named = classes.slice(0, MOST_NAMED).join(", ") + (more > 0 ? ` and ${more} more` : "");
+  const facts = [`${name} ${version} tells ${classes.length} kinds of things apart: ${named}.`];
   if (accuracy) {
     const images = metadata.test.images.toLocaleString("en");
     const which = metadata.test.trained_with ? `the ${images} images it was trained with, which says nothing of new ones` : `its ${images} test images`;
@@ -40,6 +44,7 @@ async function add(files) {
   const added = files.map((file) => new Result(file, resize));
   for (const result of added) results.set(result.element, result);
   waiting.push(...added);
+  locked = false; // perhaps no key is wanted any more; if one is, that is said again
   $("results").prepend(...added.map((result) => result.element));
   $("status").textContent = `Classifying ${files.length === 1 ? files[0].name : `${files.length} pictures`}…`;
   work();
@@ -61,10 +66,10 @@ async function ask(result) {
   running++;
   result.show("working", "Looking…");
   try {
-    result.answer(await classify(result.file, { signal: result.leaving.signal, onWait: (seconds) => result.wait(seconds) }));
+    result.answer(await classify(result.file, { signal: result.leaving.signal, onWait: (seconds, reason) => result.wait(seconds, reason) }));
     announced.push(result);
   } catch (error) {
-    if (error instanceof Failure && error.status === 401) {
+    if (error instanceof Failure && error.code === "unauthorized") {
       result.show("waiting", "Waiting for a key…");
       waiting.unshift(result);
       if (sentKey === key.get()) askForKey(error, sentKey);
@@ -138,18 +143,21 @@ function dropped({ items }) {
   return Promise.all(found).then((lists) => lists.flat());
 }
 
+// What cannot be read has a null in its place: others beside it can.
 async function picturesIn(folder) {
   const reader = folder.createReader();
   const pictures = [];
+  const orNull = (ask) => new Promise((resolve) => ask(resolve, () => resolve(null)));
   for (;;) {
-    const entries = await new Promise((resolve, reject) => reader.readEntries(resolve, reject)); // a hundred at most
-    if (!entries.length) return pictures;
+    const entries = await orNull((...answers) => reader.readEntries(...answers)); // a hundred at most
+    if (!entries) pictures.push(null);
+    if (!entries?.length) return pictures;
     for (const entry of entries) {
       if (entry.name.startsWith(".")) continue; // e.g. ._cat.png, which macOS adds to cat.png
       if (entry.isDirectory) pictures.push(...(await picturesIn(entry)));
       else {
-        const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-        if (file.type.startsWith("image/")) pictures.push(file);
+        const file = await orNull((...answers) => entry.file(...answers));
+        if (!file || file.type.startsWith("image/")) pictures.push(file);
       }
     }
   }
@@ -194,10 +202,15 @@ for (const name of ["dragleave", "drop"]) {
 document.addEventListener("drop", (event) => {
   if (isTextForAField(event)) return;
   event.preventDefault();
-  dropped(event.dataTransfer).then(add, () => complain("A folder that was dropped could not be read."));
+  dropped(event.dataTransfer).then(async (found) => {
+    const pictures = found.filter(Boolean);
+    if (pictures.length || !found.length) await add(pictures);
+    if (pictures.length < found.length) complain("Some of what was dropped could not be read.");
+  });
 });
 document.addEventListener("paste", (event) => {
-  if (event.clipboardData.files.length) {
+  const isText = event.target.closest?.("input, textarea") && event.clipboardData.types.includes("text/plain");
+  if (event.clipboardData.files.length && !isText) { // a cell of a table comes as text and as a picture of it
     event.preventDefault();
     add([...event.clipboardData.files]);
   }

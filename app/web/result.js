@@ -35,9 +35,9 @@ export class Result {
   }
 
   /** Says that another try will be made. */
-  wait(seconds) {
+  wait(seconds, reason) {
     this.show("working", "Busy…");
-    this.#notice(`The service is overloaded; trying once more in ${seconds} s.`);
+    this.#notice(`${reason}; trying once more in ${seconds} s.`);
   }
 
   /** @param {Failure} failure */

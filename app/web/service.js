@@ -2,7 +2,10 @@
 
 const IMAGE_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const LONGEST_WAIT_S = 30;
+const DEADLINE_MS = 30_000; // with the upload, and a phone's photos take their time; as long as the service waits for a body
+const PAUSES_S = [1, 2, 4]; // while nobody answers: a restart, or a network that was lost for a moment
 const KEY = "convmixer-key";
+const UNREACHABLE = "The service could not be reached, or it hung up: a file over its size limit does that too.";
 
 /** What the service, or the way to it, answered instead of a prediction; the message is for people. */
 export class Failure extends Error {
@@ -58,23 +61,32 @@ export async function fetchSample(name) {
  * Classifies one file.
  *
  * @param {File} file
- * @param {{signal: AbortSignal, onWait: (seconds: number) => void}} options `onWait` is told of a wait for a second try.
+ * @param {{signal: AbortSignal, onWait: (seconds: number, reason: string) => void}} options `onWait` is told of a wait for
+ *   another try.
  * @returns prediction (docs/api.md), timings in ms by stage, and the total in ms as this browser saw it.
  * @throws {Failure}
  */
 export async function classify(file, { signal, onWait }) {
-  for (let tries = 1; ; tries++) {
+  const pauses = [...PAUSES_S];
+  for (let refused = false; ; ) {
     const begin = performance.now();
     const response = await post(file, signal);
-    if (response.ok) {
-      const { predictions } = await response.json();
-      const timings = serverTimings(response.headers.get("Server-Timing") ?? "");
-      return { prediction: predictions[0], timings, total: performance.now() - begin };
+    if (response === null) {
+      if (!pauses.length) throw new Failure(UNREACHABLE);
+      onWait(pauses[0], "The service could not be reached");
+      await pause(pauses.shift() * 1000, signal);
+      continue;
     }
-    const wait_s = Number(response.headers.get("Retry-After"));
-    if (response.status !== 503 || tries > 1 || !(wait_s >= 0 && wait_s <= LONGEST_WAIT_S)) throw await failureOf(response);
+    if (response.ok) {
+      const prediction = await predictionIn(response, signal);
+      const timings = serverTimings(response.headers.get("Server-Timing") ?? "");
+      return { prediction, timings, total: performance.now() - begin };
+    }
+    const wait_s = Number(response.headers.get("Retry-After") ?? 1);
+    if (response.status !== 503 || refused || !(wait_s >= 0 && wait_s <= LONGEST_WAIT_S)) throw await failureOf(response);
     await response.body?.cancel();
-    onWait(wait_s);
+    refused = true;
+    onWait(wait_s, "The service is overloaded");
     await pause(wait_s * 1000, signal);
   }
 }
@@ -88,8 +100,9 @@ export function curlCommand(file) {
   return words.join(" ");
 }
 
+// Its answer, or null if there is none.
 async function post(file, signal) {
-  const headers = { "Content-Type": contentType(file) };
+  const headers = { "Content-Type": contentType(file), "X-Deadline-Ms": String(DEADLINE_MS) };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   try {
     return await fetch(address("classify?explain=true"), { method: "POST", body: file, headers, signal });
@@ -97,8 +110,16 @@ async function post(file, signal) {
     if (signal.aborted) throw error;
     const readable = await file.slice(0, 1).arrayBuffer().catch(() => null);
     if (!readable) throw new Failure("The file can no longer be read: choose it again.");
-    throw new Failure("The service could not be reached, or it hung up: a file over its size limit does that too.");
+    return null;
   }
+}
+
+async function predictionIn(response, signal) {
+  const answer = await response.json().catch(() => null);
+  signal.throwIfAborted();
+  if (Array.isArray(answer?.predictions)) return answer.predictions[0];
+  const message = "What answered is not this service, perhaps a page to log in at: reload this one.";
+  throw new Failure(message, { status: response.status, code: "" });
 }
 
 // RFC 9457, unless it is a proxy's.

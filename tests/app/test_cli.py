@@ -210,6 +210,12 @@ def test_a_glob_of_files_takes_them_whatever_they_are_called(photos):
     assert list(find_images(expand(["photos/[ab]/*.*"]))) == ["photos/a/note.txt", "photos/a/x.png", "photos/b/z.png"]
 
 
+def test_a_file_called_dash_that_matches_is_not_standard_input(photos):
+    Path("photos/-").touch()
+    os.chdir("photos")
+    assert list(find_images(expand(["?"]))) == ["./-", "a/x.png", "a/deep/y.png", "b/z.png"]
+
+
 def on_terminal(*arguments: object, stdout: int | None = None) -> str:
     """What a person sees: standard error, and standard output unless it goes elsewhere, are a terminal."""
     ours, theirs = pty.openpty()
@@ -258,6 +264,9 @@ def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
         (["classify", "--files-from", "/"], 2, "is a folder"),
         (["classify", ".", "--url", "http://127.0.0.1:80a0"], 2, "is no address"),
         (["classify", ".", "--csv", "--output", "/nowhere/a.csv"], 2, "cannot be written"),
+        (["classify", "[l]ist", "--csv", "--output", "list"], 2, "list is to be read, and would be overwritten"),
+        (["classify", "--files-from", "list", "--parquet", "list"], 2, "list is to be read, and would be overwritten"),
+        (["bench", "http://user:secret@127.0.0.1:1"], 2, "sends no user's name and password"),
         (["classify", ".", "--url", "localhost"], 2, "begins with http"),
         (["classify", ".", "--url", "http://127.0.0.1:1"], 1, "error: no answer from http://127.0.0.1:1"),
         (["classify", "."], 1, "no image in ."),
@@ -268,6 +277,7 @@ def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
 )
 def test_failures_are_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    Path("list").write_text("a.png")
     monkeypatch.setattr(sys, "argv", ["convmixer", *arguments])
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)
@@ -275,6 +285,7 @@ def test_failures_are_one_line_and_an_exit_code(arguments, code, message, tmp_pa
         main()
     assert ended.value.code == code
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", capfd.readouterr().err).split())
+    assert Path("list").read_text() == "a.png"
 
 
 @pytest.mark.parametrize(("module", "extra"), [("httpx", "[client]"), ("pyarrow", "[parquet]"), ("onnxruntime", "[cpu]")])

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -304,6 +305,62 @@ def test_a_pause_that_the_server_did_not_ask_for_is_short():
     own = conversation.send(httpx.ReadError("closed"))
     assert isinstance(own, Pause)
     assert own.seconds <= 2 * BACKOFF_S
+
+
+POST = httpx.Request("POST", "http://127.0.0.1/classify")
+BATCH = [Picture(number, None, b"image %d" % number) for number in range(4)]
+
+
+def test_no_half_is_sent_after_the_deadline():
+    conversation = exchange(BATCH, Wanted(top_k=1, explain=False, deadline_s=0.1), Contact())
+    assert isinstance(next(conversation), Send)
+    time.sleep(0.1)
+    with pytest.raises(StopIteration) as ended:
+        conversation.send(httpx.Response(413, json=BUSY | {"status": 413, "code": "body_too_large"}, request=POST))
+    assert [type(failure) for failure in ended.value.value] == [Unreachable] * 4
+
+
+@pytest.mark.parametrize("reply", [httpx.ConnectError("Connection refused"), httpx.Response(429, text="slow down", request=POST)])
+def test_what_is_no_fault_of_the_batch_is_tried_again_whole(reply):
+    """While a service restarts nobody listens, and who limits requests refuses more of halves."""
+    contact = Contact()
+    conversation = exchange(BATCH, Wanted(top_k=1, explain=False, deadline_s=600), contact)
+    told = next(conversation)
+    for _ in range(4):
+        assert isinstance(told, Send)
+        assert all(picture.data in told.content for picture in BATCH)
+        contact.answered = time.monotonic()  # of another batch
+        assert isinstance(conversation.send(reply), Pause)
+        told = conversation.send(None)
+
+
+def test_one_picture_that_pillow_opened_may_be_asked_about_twice_at_once():
+    buffer = io.BytesIO()
+    Image.effect_noise((600, 600), 50).save(buffer, "JPEG")
+    for _ in range(20):
+        image = Image.open(io.BytesIO(buffer.getvalue()))
+        together = threading.Barrier(2)
+
+        def sent(image: Image.Image = image, together: threading.Barrier = together) -> bytes:
+            together.wait(30)
+            return encode(image)
+
+        with ThreadPoolExecutor(2) as pool:
+            first, second = pool.submit(sent), pool.submit(sent)
+            assert first.result() == second.result()
+
+
+def test_an_array_of_paths_is_several_images():
+    assert [p.data for p in next(batches(np.array([b"one", b"two"]), 2)).pictures()] == [b"one", b"two"]
+    with Client("http://127.0.0.1:1") as client:
+        client.classify_many(np.array(["a.png", "b.png"], dtype=object))
+        with pytest.raises(TypeError):
+            client.classify_many(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_a_key_and_a_users_name_exclude_one_another():
+    with pytest.raises(ValueError, match="leave one out"):
+        Client("http://user:password@127.0.0.1:8000", api_key="key")
 
 
 def test_a_date_in_retry_after_is_understood():

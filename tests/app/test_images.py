@@ -190,6 +190,32 @@ def test_of_an_animated_png_the_picture_for_other_viewers_does_not_count(picture
     assert result.warnings == ("animation: only the first frame was classified",)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_first_frame_of_an_animated_png_stands_on_nothing(half):
+    """Pillow puts it on the picture for other viewers."""
+    frame = Image.new("RGBA", (32, 32), (0, 255, 0, 128))
+    data = encode(Image.new("RGBA", (32, 32), "red"), "PNG", save_all=True, append_images=[frame], default_image=True, blend=1)
+    if half:
+        at = data.index(b"fcTL")
+        control = bytearray(data[at : at + 30])
+        control[8:12] = struct.pack(">I", 16)  # of the width
+        pixels = zlib.compress((b"\0" + b"\0\xff\0\x80" * 16) * 32)
+        content = b"fdAT" + struct.pack(">I", 1) + pixels
+        parts = [data[: at - 4], struct.pack(">I", 26), control, struct.pack(">I", zlib.crc32(control))]
+        parts += [struct.pack(">I", len(content) - 4), content, struct.pack(">I", zlib.crc32(content)), data[-12:]]
+        data = b"".join(parts)
+    found = decode(data)
+    assert (found[:, :16] == [127, 255, 127]).all()
+    assert (found[:, 16:] == ([255] * 3 if half else [127, 255, 127])).all()
+
+
+def test_an_animated_png_whose_frames_are_missing_is_the_picture_for_other_viewers(picture):
+    data = encode(picture, "PNG", save_all=True, append_images=[picture.rotate(90)], default_image=True)
+    at = data.index(b"fcTL") - 4
+    assert np.array_equal(decode(data[:at] + data[-12:]), np.asarray(picture))
+    assert np.array_equal(decode(data[:at]), np.asarray(picture))
+
+
 def test_what_the_first_frame_of_a_gif_leaves_uncovered_is_transparent():
     frame = Image.new("P", (16, 32), 1)
     frame.putpalette([255, 0, 0, 0, 255, 0])
@@ -224,7 +250,7 @@ def test_a_picture_may_be_made_as_small_as_those_of_the_training_and_enlarged_th
     assert np.array_equal(large.pixels, np.asarray(middle.resize((48, 48), Image.Resampling.BILINEAR)))
     buffer = io.BytesIO()
     middle.resize((24, 24)).save(buffer, "PNG")
-    assert decode_image(buffer.getvalue(), rule, LIMITS).warnings[0] == "24 x 24 pixels were enlarged to 32 x 32"
+    assert decode_image(buffer.getvalue(), rule, LIMITS).warnings[0] == "24 x 24 pixels were enlarged to 48 x 48"
 
 
 def test_what_is_smaller_than_the_training_pictures_is_enlarged_at_once(picture):

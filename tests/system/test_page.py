@@ -246,6 +246,48 @@ def test_what_a_proxy_answers_is_told_by_its_status(open_page, samples, body):
     expect(results(page, 1, "failed")).to_contain_text("The service answered 502")
 
 
+def test_a_login_of_a_proxy_is_no_answer_and_no_question_for_a_key(open_page, samples):
+    page = open_page()
+    page.route("**/classify*", lambda route: route.fulfill(status=200, content_type="text/html", body="<h1>Log in</h1>"))
+    drop(page, ("a.webp", samples[0].data))
+    expect(results(page, 1, "failed")).to_contain_text("What answered is not this service")
+    page.route("**/classify*", lambda route: route.fulfill(status=401))
+    drop(page, ("b.webp", samples[0].data))
+    expect(results(page, 2, "failed").first).to_contain_text("The service answered 401")
+    assert page.locator("#key-form").is_hidden()
+
+
+def test_a_network_that_was_lost_for_a_moment_costs_no_picture(open_page, samples):
+    page = open_page()
+    tried: list[str] = []
+
+    def lose_two(route):
+        tried.append(route.request.headers["x-deadline-ms"])
+        if len(tried) <= 2:
+            route.abort()
+        else:
+            route.fallback()
+
+    page.route("**/classify*", lose_two)
+    drop(page, ("a.webp", of_label(samples, "frog").data))
+    assert results(page, 1, "done").locator("h3").inner_text() == "frog"
+    assert tried == ["30000"] * 3
+
+
+def test_a_key_pasted_from_a_table_is_no_picture(open_page, samples):
+    page = open_page()
+    page.evaluate(
+        """async (transferred) => {
+          transferred.setData("text/plain", "open-sesame");
+          const event = new ClipboardEvent("paste", {clipboardData: transferred, bubbles: true, cancelable: true});
+          window.prevented = !document.getElementById("key").dispatchEvent(event);
+        }""",
+        transfer(page, ("clip.webp", samples[0].data)),
+    )
+    assert page.evaluate("window.prevented") is False
+    assert page.locator(".result").count() == 0
+
+
 def test_a_pasted_picture(open_page, samples):
     page = open_page()
     page.evaluate(PASTE, transfer(page, ("clip.webp", of_label(samples, "frog").data)))
@@ -370,7 +412,7 @@ def test_dark_where_the_machine_is_dark_unless_chosen(open_page):
 
 @pytest.mark.parametrize("path", PAGES)
 def test_everybody_can_use_it_on_a_phone_too(open_page, path):
-    page = open_page(path, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page = open_page(path, viewport={"width": 320, "height": 740}, has_touch=True, is_mobile=True)
     if path == "/":
         assert page.get_by_role("button", name="Take a photo").is_visible()
         drop(page, (HOSTILE_NAME * 3, BROKEN))

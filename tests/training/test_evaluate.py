@@ -59,6 +59,7 @@ def test_test_images_that_are_in_the_training_too_are_counted(
             path.unlink()
         elif number == 0:
             path.rename(path.parent.parent / "truck" / "renamed.webp")
+    (folder / "train" / "cat" / "gone.webp").symlink_to("nowhere")  # nothing that an evaluation reads
     report = evaluate(trained, folder, tmp_path / "report.json", "cpu")
     assert (report["images"], report["learnt"], report["trained_with"]) == (200, 7, True)
     assert evaluate(trained, CIFAR10, tmp_path / "report.json", "cpu")["learnt"] == 0

@@ -196,6 +196,7 @@ def test_intervals() -> None:
     found = difference([9.0, 10.0, 11.0], [3.0, 5.0, 7.0])
     assert found == pytest.approx((5, t_quantile(50 / 17) * math.sqrt(5 / 3)), abs=1e-6)
     assert difference([1.0], [2.0, 3.0]).half_width == math.inf
+    assert estimate([1.0, 1.0]) == (1, math.inf)
     assert difference([1.0, 1.0], [0.0, 0.0]) == (1, math.inf), "two images of twenty may say so by chance"
 
 
