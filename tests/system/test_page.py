@@ -421,7 +421,7 @@ def test_everybody_can_use_it_on_a_phone_too(open_page, path):
         results(page, 3, "done", "unknown", "failed")
     if path == "/docs":
         page.get_by_role("heading", name="Schemas").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
     for color_scheme in ("light", "dark"):
         page.emulate_media(color_scheme=color_scheme)
         violations = Axe().run(page).response["violations"]
