@@ -232,8 +232,8 @@ PRESETS: dict[str, Preset] = {
         ),
         source="ours: a twelfth cycle, begun with what `cpu-11` ended with (--init), learning from the mean of `accurate` 1.4.0, "
         "`cpu-11` and `cpu-teacher` (--teacher, three times), mixing to the end",
-        cost="113 minutes on two Xeon cores with AMX, bf16, beside tests (190 images a second at 24 px, 75 to 110 at 36, with all "
-        "three teachers)",
+        cost="113 minutes on two Xeon cores with AMX, bf16, beside tests (190 images a second at 24 px, 75 to 110 at 36, with "
+        "all three teachers)",
         result="95.85 % on the test set, one run: as good as `cpu-11` within chance, and not released",
     ),
     "cpu-accurate": Preset(
