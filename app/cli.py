@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
-from urllib.parse import urlsplit
 
 import typer
 from pydantic import BaseModel
@@ -230,7 +229,6 @@ def bench(
     from app.cli_bench import bench as measure
 
     _require(not (clients and rate), "--clients and --rate exclude one another")
-    _require(not urlsplit(url).username, "bench sends no user's name and password: give an address without")
     key = _read_key(api_key_file)
     with _open_client(url, key) as client:
         fine = measure(client, url, key, clients or [1, 8, 32], rate, seconds, image or [], as_json)
@@ -293,11 +291,17 @@ def _require(fits: bool, message: str) -> None:
 
 
 def _require_another_file(written: Path | None, read: list[str]) -> None:
-    for path in read if written else ():
-        is_same = False
-        with suppress(OSError):  # one of both is missing, or may not be looked at; `-` is standard input
-            is_same = path != "-" and os.path.samefile(path, written or "")  # noqa: PTH121 (as in `find_images`)
-        _require(not is_same, f"{written} is to be read, and would be overwritten; write to another file")
+    """Refuses to write onto a file that was named, and onto any image: it may be one of those in a folder or a list."""
+    from app.cli_classify import SUFFIXES
+
+    if written is None or not written.exists():
+        return
+    is_same = False
+    for path in read:
+        with suppress(OSError):  # it is missing, or may not be looked at
+            is_same |= path != "-" and written.samefile(path)
+    _require(not is_same, f"{written} is to be read, and would be overwritten; write to another file")
+    _require(written.suffix.lower() not in SUFFIXES, f"{written} is an image, and would be overwritten; write to another file")
 
 
 def _read_key(path: Path | None) -> str | None:

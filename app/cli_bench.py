@@ -55,7 +55,10 @@ def bench(
 
     Raises:
         ClientError: no service is there, or it does not answer the first request.
+        typer.BadParameter: the address has a user's name or password.
     """
+    if "@" in urlsplit(url).netloc:
+        raise typer.BadParameter("bench sends no user's name and password: give an address without")
     bodies = [path.read_bytes() for path in images]
     model = client.model()
     bodies = bodies or [_picture(model.input_size)]

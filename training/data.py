@@ -164,7 +164,8 @@ def count_learnt(source: Path | None) -> int:
     try:
         folders = [_folder_of(source, split) for split in _SPLITS]
         training, test = map(_images_in, folders)
-    except DataError:  # what hinders training is no business of a test
+    except DataError as error:  # what hinders training is no business of a test
+        print(f"how many test images are in the training, too, is not known: {error}", file=sys.stderr)
         return 0
     if folders[0] == folders[1]:
         return 0

@@ -28,7 +28,6 @@ MAX_BATCH_BYTES = 4 * 1024 * 1024
 UNREADABLE = "unreadable"
 UNREACHABLE = "unreachable"
 
-_LOADING = threading.Lock()
 _PNG_MODES = {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"}
 _WITHOUT_LOSS = {
     "I": ("I;16",),
@@ -217,13 +216,14 @@ def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    with _LOADING:  # Pillow's is not for two threads, and one image may be asked about twice at once
+    # an image may be asked about twice at once, and Pillow's are not for two threads
+    with image.__dict__.setdefault("_convmixer_lock", threading.Lock()):
         image.load()  # turns a TIFF upright, which is then no more to be done
-    exif = _orientation_alone(image)
-    if image.mode not in _PNG_MODES:
-        for mode in _WITHOUT_LOSS.get(image.mode, ("RGB",)):
-            image = image.convert(mode)
-    image.save(buffer, "PNG", compress_level=1, exif=exif)  # a little larger than the best and several times faster
+        exif = _orientation_alone(image)
+        if image.mode not in _PNG_MODES:
+            for mode in _WITHOUT_LOSS.get(image.mode, ("RGB",)):
+                image = image.convert(mode)
+        image.save(buffer, "PNG", compress_level=1, exif=exif)  # a little larger than the best and several times faster
     return buffer.getvalue()
 
 

@@ -32,6 +32,7 @@ export class Result {
   show(state, words) {
     this.element.dataset.state = state;
     this.#part("h3").textContent = words;
+    this.#notice("");
   }
 
   /** Says that another try will be made. */

@@ -17,6 +17,7 @@ export class Failure extends Error {
 }
 
 let remembered = "";
+let gone = false; // nobody answered after all pauses: until somebody does, each further file is tried once
 
 export const key = {
   get() {
@@ -67,20 +68,27 @@ export async function fetchSample(name) {
  * @throws {Failure}
  */
 export async function classify(file, { signal, onWait }) {
-  const pauses = [...PAUSES_S];
+  const pauses = gone ? [] : [...PAUSES_S];
   for (let refused = false; ; ) {
     const begin = performance.now();
     const response = await post(file, signal);
-    if (response === null) {
-      if (!pauses.length) throw new Failure(UNREACHABLE);
-      onWait(pauses[0], "The service could not be reached");
+    const text = response?.ok ? await response.text().catch(() => null) : "";
+    signal.throwIfAborted();
+    if (response === null || text === null) {
+      const isThere = await fetch(address("livez")).then(() => true, () => false);
+      if (isThere) pauses.splice(1); // it hung up, as on a file over its size limit: once more, and not for nothing
+      if (!pauses.length) {
+        gone = !isThere;
+        throw new Failure(UNREACHABLE);
+      }
+      onWait(pauses[0], isThere ? "The service hung up" : "The service could not be reached");
       await pause(pauses.shift() * 1000, signal);
       continue;
     }
+    gone = false;
     if (response.ok) {
-      const prediction = await predictionIn(response, signal);
       const timings = serverTimings(response.headers.get("Server-Timing") ?? "");
-      return { prediction, timings, total: performance.now() - begin };
+      return { prediction: predictionIn(text), timings, total: performance.now() - begin };
     }
     const wait_s = Number(response.headers.get("Retry-After") ?? 1);
     if (response.status !== 503 || refused || !(wait_s >= 0 && wait_s <= LONGEST_WAIT_S)) throw await failureOf(response);
@@ -114,12 +122,14 @@ async function post(file, signal) {
   }
 }
 
-async function predictionIn(response, signal) {
-  const answer = await response.json().catch(() => null);
-  signal.throwIfAborted();
-  if (Array.isArray(answer?.predictions)) return answer.predictions[0];
-  const message = "What answered is not this service, perhaps a page to log in at: reload this one.";
-  throw new Failure(message, { status: response.status, code: "" });
+function predictionIn(text) {
+  try {
+    const { predictions } = JSON.parse(text);
+    if (Array.isArray(predictions)) return predictions[0];
+  } catch {
+    // no JSON, or null
+  }
+  throw new Failure("What answered is not this service, perhaps a page to log in at: reload this one.", { status: 200, code: "" });
 }
 
 // RFC 9457, unless it is a proxy's.

@@ -266,7 +266,9 @@ def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
         (["classify", ".", "--csv", "--output", "/nowhere/a.csv"], 2, "cannot be written"),
         (["classify", "[l]ist", "--csv", "--output", "list"], 2, "list is to be read, and would be overwritten"),
         (["classify", "--files-from", "list", "--parquet", "list"], 2, "list is to be read, and would be overwritten"),
-        (["bench", "http://user:secret@127.0.0.1:1"], 2, "sends no user's name and password"),
+        (["classify", ".", "--csv", "--output", "old.PNG"], 2, "old.PNG is an image, and would be overwritten"),
+        (["bench", "http://:secret@127.0.0.1:1"], 2, "sends no user's name and password"),
+        (["bench", "http://[::1"], 2, "is no address"),
         (["classify", ".", "--url", "localhost"], 2, "begins with http"),
         (["classify", ".", "--url", "http://127.0.0.1:1"], 1, "error: no answer from http://127.0.0.1:1"),
         (["classify", "."], 1, "no image in ."),
@@ -278,6 +280,8 @@ def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
 def test_failures_are_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("list").write_text("a.png")
+    if "old.PNG" in arguments:
+        Path("old.PNG").touch()
     monkeypatch.setattr(sys, "argv", ["convmixer", *arguments])
     for name in set(os.environ) - set(environment()):
         monkeypatch.delenv(name)

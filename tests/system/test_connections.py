@@ -703,7 +703,7 @@ def test_a_client_that_leaves_with_a_second_request_behind_its_first_is_seen(sta
         while "convmixer_queue_depth 0.0" in metrics():
             pass
         connection.sendall(behind)
-        httpx.get(f"{url}/livez")  # the server has read what was sent before
+        httpx.get(f"{url}/livez", timeout=60)  # the server has read what was sent before
     while 'convmixer_requests_total{status="499"} 1.0' not in metrics():
         pass
 
