@@ -632,8 +632,8 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
         for path in (b"/readyz", b"/classify", b"/livez?verbose", b"/metrics"):
             with connect(url) as connection:
                 connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                received += [status for status, _, _ in answers(connection)]
-        assert received == [200, 503, 200, 200]
+                received.append(connection.recv(12))
+        assert received == [b"HTTP/1.1 200", b"HTTP/1.1 503", b"HTTP/1.1 200", b"HTTP/1.1 200"]
         silent = [stack.enter_context(connect(url)) for _ in range(16)]  # on all places for probes
         for sent, expected in (
             (classify_request(samples[0].data, "Connection: close"), 503),

@@ -203,7 +203,7 @@ def test_a_model_that_fails_is_told_image_by_image_and_then_ends_the_process(sta
         response = client.post("/classify", files=[("images", white.getvalue())] * 32)
         assert (response.status_code, response.json()["code"]) == (500, "inference_failed")
     assert server.wait() == 70
-    assert "failed on the last 32 images" in server.log
+    assert re.search("failed on the last 3[23] images", server.log), server.log  # one of the first request may be among them
 
 
 def test_settings_that_contradict_each_other_are_named(start):
