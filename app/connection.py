@@ -124,7 +124,7 @@ class Protocol(HttpToolsProtocol):
         for connection in [one for one in waiting if (one in self.probes) is for_probes]:
             if connection.transport.is_closing():
                 del self.idle[connection]
-            elif connection.transport.get_write_buffer_size() or _has(connection.transport, select.POLLIN):
+            elif connection.transport.get_write_buffer_size() or _happened(connection.transport, select.POLLIN):
                 self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
             else:
                 connection.transport.abort()
@@ -303,13 +303,13 @@ class Protocol(HttpToolsProtocol):
             if now > self._close_at:
                 self.transport.close()
             return
-        if self.pipeline and self.flow.read_paused and _has(self.transport, _HAS_LEFT):
+        if self.pipeline and self.flow.read_paused and _happened(self.transport, _HAS_LEFT):
             self.transport.abort()  # nothing is read behind two requests, so nobody else would see it
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
         if self.receive_by is None or (self._between and not self._header_bytes):  # nothing was asked
             # what was sent in time may still lie there: after a pause of the whole process this comes before reading
-            if self in self.idle and not _has(self.transport, select.POLLIN):
+            if self in self.idle and not _happened(self.transport, select.POLLIN):
                 self.transport.close()
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
@@ -344,7 +344,7 @@ class Protocol(HttpToolsProtocol):
             super().shutdown()
         elif self.cycle is not None and not self._in_headers:
             self.close()  # it has its answer, and what still comes of it is not read
-        elif not self._between or self._header_bytes or _has(self.transport, select.POLLIN):
+        elif not self._between or self._header_bytes or _happened(self.transport, select.POLLIN):
             self._last = True
         else:
             self.transport.close()
@@ -441,7 +441,7 @@ class _CycleTransport(NamedTuple):
     close: Callable[[], None]
 
 
-def _has(transport: asyncio.BaseTransport, event: int) -> bool:
+def _happened(transport: asyncio.BaseTransport, event: int) -> bool:
     """Whether it has happened, or an error or the end of both sides have, at the transport's socket (poll(2))."""
     poll = select.poll()
     poll.register(transport.get_extra_info("socket").fileno(), event)
