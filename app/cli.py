@@ -37,13 +37,13 @@ ModelOption = Annotated[
 ]
 
 KeyOption = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the server's key (here all could see it with `ps`).")
+    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the API key (on the command line others could see it).")
 ]
 
 _EXTRAS = {
-    "onnxruntime": "[cpu], convmixer-serve[openvino] or convmixer-serve[cuda]",
-    "httpx": "[client]",
-    "pyarrow": "[parquet]",
+    "onnxruntime": "cpu",  # or openvino, or cuda
+    "httpx": "client",
+    "pyarrow": "parquet",
 }
 """What installs a package that the base does without."""
 
@@ -266,7 +266,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        typer.secho(f"error: {package} is missing; install convmixer-serve{_EXTRAS[package]}", fg="red", err=True)
+        typer.secho(f"error: {package} is missing; in a clone: pip install -c constraints.txt '.[{_EXTRAS[package]}]'", fg="red", err=True)
         raise SystemExit(1) from error
     except Exception as error:
         if not isinstance(error, StartupError) and not _is_client_error(error):

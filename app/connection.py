@@ -11,6 +11,7 @@ One image as the raw body of `POST /classify` does not go through ASGI: `app.raw
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 import socket
 import struct
@@ -41,8 +42,14 @@ PROBE_CONNECTIONS = 16
 _STUCK_S = 2.0
 """A client that has not read its answer for so long makes room for another."""
 
+_SLOW_UPLOAD_S = 2.0
+"""An upload that takes longer makes room for others when all that may be held (`CONVMIXER_MAX_HELD_BYTES`) is."""
+
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
+
+_MOST_PIPELINED_HEADERS = 320
+"""Of those requests together: ten each; a head may have a hundred, of some 200 bytes."""
 
 _MOST_PIPELINED_BODY = 64 * 1024
 """Bytes of requests that wait for the answer to an earlier one: they are not counted as held yet."""
@@ -139,6 +146,41 @@ class Protocol(HttpToolsProtocol):
                 return True
         return False
 
+    @classmethod
+    def end_slow_uploads(cls, count: int) -> bool:
+        """Ends uploads that take long, the largest first, or none if all of them hold too little.
+
+        Args:
+            count: bytes that they must hold together.
+
+        Returns:
+            Whether they do; some are given back only when their routes have ended.
+        """
+        begun_before = time.monotonic() - _SLOW_UPLOAD_S
+        slow = [one for one in cls.idle if one._upload_begin < begun_before]
+        slow.sort(key=lambda one: one._uploaded, reverse=True)
+        if sum(one._uploaded for one in slow) < count:
+            return False
+        for one in slow:
+            count -= one._uploaded
+            one._refuse(one.service.bodies.full())
+            if count <= 0:
+                break
+        return True
+
+    @property
+    def _upload_begin(self) -> float:
+        """time.monotonic() of the first byte of the request that is arriving; infinity while none is."""
+        return math.inf if self._between or self.receive_by is None else self.receive_by - self.settings.receive_timeout_s
+
+    @property
+    def _uploaded(self) -> int:
+        """Bytes that are held of the request that is arriving."""
+        if self.cycle is None or self.cycle.response_complete or self._in_headers:
+            return 0
+        upload = self._raw or self.cycle.scope["state"].get("exchange")
+        return upload.received_bytes if upload else 0
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
         self.idle.pop(self, None)
@@ -207,8 +249,9 @@ class Protocol(HttpToolsProtocol):
             self._refuse(error)
         if error := head.unreadable(self.parser.get_http_version(), self.headers, upgrade=self.parser.should_upgrade()):
             self._refuse(error)
-        if len(self.pipeline) >= MAX_PIPELINED:
-            self._refuse(MalformedRequest(f"more than {MAX_PIPELINED} requests wait on this connection"))  # ends it, unsaid
+        waiting_headers = sum(len(list(cycle.scope["headers"])) for cycle, _ in self.pipeline)
+        if len(self.pipeline) >= MAX_PIPELINED or waiting_headers > _MOST_PIPELINED_HEADERS:
+            self._refuse(MalformedRequest("too many requests wait on this connection"))  # ends it, unsaid
         if self in self.probes and self.url.partition(b"?")[0] not in PROBES:
             if len(self.connections) - len(self.probes) < self.settings.max_connections:  # others have left since
                 del self.probes[self]

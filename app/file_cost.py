@@ -102,7 +102,7 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
             pixels = int.from_bytes(height) * int.from_bytes(width)
         elif marker in _JPEG_UNREAD:
             raise UndecodableImage(
-                "lossless and arithmetic coding are not read here; encode the image again, as browsers read it"
+                "lossless and arithmetic coding are not read here; save it as an ordinary JPEG"
             )
         elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
             exif_bytes += length
@@ -111,7 +111,7 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
         elif marker == b"\xda":
             scans += 1
             if scans > _MOST_SCANS or (scans > 1 and scans * pixels > _MOST_VISITS * max_pixels):
-                raise UndecodableImage(f"more than {_MOST_SCANS} scans, or many of a large picture; encode the image again")
+                raise UndecodableImage(f"more than {_MOST_SCANS} scans, or many of a large picture; save it as a baseline JPEG")
             if scans == 1 and not progressive and int.from_bytes(data[position + 2 : position + 3]) >= components:
                 return  # a first scan with all components is the last, and this the end for nearly every file
         position += max(2, length)

@@ -56,11 +56,16 @@ class ByteBudget:
 
     Args:
         limit: most bytes.
+
+    Attributes:
+        make_room: ends uploads that hold as many bytes as it is given, or says that there are none which may be ended; set by
+            who knows of uploads (`app.server`).
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self.make_room: Callable[[int], bool] = lambda _: False
 
     def take(self, count: int) -> None:
         """Counts bytes that have arrived; they stay counted even if that is too much, until they are given back.
@@ -69,12 +74,16 @@ class ByteBudget:
             Overloaded: more are held than allowed.
         """
         self.held += count
-        if self.held > self.limit:
-            raise Overloaded(
-                f"more than {self.limit:,} bytes of requests are in work (CONVMIXER_MAX_HELD_BYTES); try again later",
-                retry_after_s=1,
-                reason="held_bytes",
-            )
+        if self.held > self.limit and not self.make_room(self.held - self.limit):
+            raise self.full()
+
+    def full(self) -> Overloaded:
+        """What those are told who hold more than there is room for."""
+        return Overloaded(
+            f"more than {self.limit:,} bytes of requests are in work (CONVMIXER_MAX_HELD_BYTES); try again later",
+            retry_after_s=1,
+            reason="held_bytes",
+        )
 
     def give_back(self, count: int) -> None:
         """Counts bytes that are no longer held."""
@@ -158,7 +167,7 @@ class RequestGuard:
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         exchange = _begin(scope, request_id)
         service = scope["state"]["service"]
-        body = _LimitedBody(receive, self.max_body_bytes, service.bodies)
+        body = _LimitedBody(receive, self.max_body_bytes, service.bodies, exchange)
         started = complete = False
 
         def finish(status: int, sent_bytes: int) -> None:
@@ -202,7 +211,7 @@ class RequestGuard:
                 raise
             # a defect that was answered and logged: Starlette raises it again, for servers that would log it
         finally:
-            service.bodies.give_back(body.received)
+            service.bodies.give_back(exchange.received_bytes)
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if routed_path(scope).startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
@@ -219,13 +228,12 @@ class _LimitedBody:
     """A request's body as it arrives, counted.
 
     Attributes:
-        received: bytes so far.
         unread: whether the rest of it is not going to be read.
     """
 
-    def __init__(self, receive: Receive, limit: int, budget: ByteBudget) -> None:
-        self._receive, self._limit, self._budget = receive, limit, budget
-        self.received, self.unread = 0, False
+    def __init__(self, receive: Receive, limit: int, budget: ByteBudget, exchange: Exchange) -> None:
+        self._receive, self._limit, self._budget, self._exchange = receive, limit, budget, exchange
+        self.unread = False
 
     async def receive(self) -> Message:
         """The next message (ASGI).
@@ -236,11 +244,11 @@ class _LimitedBody:
         """
         message = await self._receive()
         count = len(message.get("body", b""))
-        self.received += count
+        self._exchange.received_bytes += count
         self.unread = True
         if count:
             self._budget.take(count)
-        if self.received > self._limit:
+        if self._exchange.received_bytes > self._limit:
             raise BodyTooLarge(
                 f"the body has more than {self._limit:,} bytes (CONVMIXER_MAX_BODY_BYTES); send fewer or smaller images"
             )

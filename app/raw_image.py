@@ -117,7 +117,7 @@ class RepeatedHead:
         """From what came in one piece, if that was this request and nothing else, and its head is not too long to be kept."""
         end = data.find(b"\r\n\r\n", 0, _LONGEST_HEAD) + 4
         lengths = list(_CONTENT_LENGTH.finditer(data, 0, end))
-        if len(lengths) != 1 or len(data) - end != request.received:
+        if len(lengths) != 1 or len(data) - end != request.received_bytes:
             return None
         first, last = lengths[0].span(1)
         return cls(data[:first], data[last:end], request.head, request.protocol.settings.max_body_bytes)
@@ -145,7 +145,7 @@ class RawImageRequest:
         head: what was asked.
 
     Attributes:
-        received: bytes of the image so far.
+        received_bytes: of the image so far.
         maybe_alone: complete ones that the event loop has read while the engine rests, and has not begun with.
     """
 
@@ -162,7 +162,7 @@ class RawImageRequest:
         "message_event",
         "more_body",
         "protocol",
-        "received",
+        "received_bytes",
         "request_id",
         "response_complete",
         "response_started",
@@ -172,7 +172,7 @@ class RawImageRequest:
         self.protocol, self.head, self.begin = protocol, head, protocol.active
         self.request_id, self.keep_alive = choose_request_id(head.request_id), head.keep_alive
         self.body: bytes | bytearray = b""  # not a list of pieces: each of a million tiny ones would weigh 40 bytes more
-        self.received = 0
+        self.received_bytes = 0
         self.more_body, self.begun, self.disconnected = True, False, False
         self.response_started = self.response_complete = False
         self.future: Future[Outcome] | None = None
@@ -187,7 +187,7 @@ class RawImageRequest:
         else:
             self.body = self.body if isinstance(self.body, bytearray) else bytearray(self.body)
             self.body += data
-        self.received += len(data)
+        self.received_bytes += len(data)
         try:
             self.protocol.service.bodies.take(len(data))
         except ServiceError as error:
@@ -354,7 +354,7 @@ class RawImageRequest:
     ) -> None:
         self.body = b""
         service = self.protocol.service
-        service.bodies.give_back(self.received)
+        service.bodies.give_back(self.received_bytes)
         service.metrics.count_request(status)
         if service.is_watched(status, time.monotonic() - self.begin):
             exchange = Exchange("POST", "/classify", self.protocol.client, self.head.headers, self.request_id, self.begin)

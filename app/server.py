@@ -95,6 +95,7 @@ class _Server(uvicorn.Server):
                 self._say_it_cannot_listen()
             raise
         service: Service = self.lifespan.state["service"]
+        service.bodies.make_room = Protocol.end_slow_uploads
         threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
 
     def _say_it_cannot_listen(self) -> None:

@@ -5,6 +5,7 @@ The web application and the command line's local `classify` share it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ class Service:
         leaving: set when the process was told to stop and still answers (`CONVMIXER_SHUTDOWN_DELAY_S`).
         drain_by: time.monotonic() at which what is in work must be done; None until the server has begun to wait for it.
         watchers: told of answers: the access log, the traces.
+        long_json: held by the request whose long JSON is read: parsers do not run beside one another anyway (they need the
+            interpreter's lock), and what they build is several times what was sent.
 
     Raises:
         StartupError: the artifact, the provider or a setting is wrong.
@@ -61,6 +64,7 @@ class Service:
         self.statistics = InferenceStatistics()
         self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
+        self.long_json = asyncio.Lock()
         self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)
         limits = DecodeLimits(settings.max_pixels, settings.max_side)
         limits.apply_to_pillow()

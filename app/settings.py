@@ -101,13 +101,13 @@ class Settings(BaseModel):
     )
     api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
     metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="Port of its own for /metrics, which the other one then has not."
+        None, ge=1, le=65535, description="Serve /metrics on this port instead of the main one."
     )
     cors_origins: str | None = Field(
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe messages logged; not of access lines."
+        "info", description="Least severe messages logged; access lines have a setting of their own."
     )
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", description="Log lines as JSON objects or as text; `auto`: text if standard error is a terminal."
@@ -150,7 +150,7 @@ class Settings(BaseModel):
         if self.max_body_bytes > self.max_held_bytes:
             found.append(
                 f"CONVMIXER_MAX_BODY_BYTES={self.max_body_bytes} is more than CONVMIXER_MAX_HELD_BYTES={self.max_held_bytes}: "
-                "a body of more bytes than all may have is refused"
+                "a body between the two is always refused; lower the first or raise the second"
             )
         if self.deadline_ms > self.max_deadline_ms:
             found.append(

@@ -139,7 +139,8 @@ class TrainConfig:
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
             "patch_size must not exceed the image": self.model.patch_size
             <= min(self.seen_size, self.start_size or self.largest_size),
-            "an MLP-Mixer or a ViT takes one size of images: model.image_size must be image_size, the other sizes 0": (
+            "an MLP-Mixer or a ViT takes one size of images: set start_size, view_size and train_size to 0, and "
+            "model.image_size to image_size": (
                 isinstance(self.model, ConvMixerConfig | ResNetConfig)
                 or {self.seen_size, self.largest_size, self.start_size or self.largest_size} == {self.model.image_size}
             ),

@@ -84,6 +84,19 @@ _TAUGHT_ACCURATE = replace(
 )
 """Those of `accurate` that learn at 48 px and look at 52."""
 
+_DENSE = replace(
+    _TAUGHT,
+    model=ResNetConfig(hidden_dim=64, depth=2, stages=3, patch_size=1),
+    augment=replace(_MIXED, mix_until=1.0),
+    view_size=36,
+    train_size=32,
+    resample="bicubic",
+    batch_size=128,
+    weight_decay=0.03,
+    distill_weight=0.5,
+)
+"""Those of the ResNet that teaches the others."""
+
 PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         TrainConfig(
@@ -210,7 +223,7 @@ PRESETS: dict[str, Preset] = {
         source="ours: a tenth cycle, begun with what `cpu-9` ended with (--init), learning from the mean of `cpu-accurate-2` and "
         "`cpu-9` (--teacher, twice), mixing to the end",
         cost="112 minutes on two Zen 5 cores, bf16, beside other work (135 to 155 images a second at 36 px, with both teachers)",
-        result="95.88 % on the test set, one run, looking at 38 px (1.10.0); `cpu-11` goes on from there",
+        result="95.88 % on the test set, one run, looking at 38 px (1.9.0, 1.10.0); `cpu-11` goes on from there",
     ),
     "cpu-11": Preset(
         replace(_TAUGHT_BY_THREE, seed=11),
@@ -261,25 +274,18 @@ PRESETS: dict[str, Preset] = {
         "(docs/models/accurate.md)",
     ),
     "cpu-teacher": Preset(
-        replace(
-            _TAUGHT,
-            model=ResNetConfig(hidden_dim=64, depth=2, stages=3, patch_size=1),
-            augment=replace(_MIXED, mix_until=1.0),
-            view_size=36,
-            train_size=32,
-            resample="bicubic",
-            epochs=34,
-            batch_size=128,
-            lr=0.006,
-            muon_lr=0.006,
-            weight_decay=0.03,
-            distill_weight=0.5,
-            seed=10,
-        ),
+        replace(_DENSE, epochs=34, lr=0.006, muon_lr=0.006, seed=10),
         source="ours: a dense network (2.8 M parameters) from the start, to tell `fast` and `accurate` what they do not know "
         "from each other; learns half from the labels, half from `cpu-10` (--teacher)",
         cost="some 110 minutes for 29 of the 34 epochs on two Xeon cores with AMX, bf16 (190 to 330 images a second)",
         result="95.16 % on the test set, one run, stopped after 29 epochs: `releases/teacher`",
+    ),
+    "cpu-teacher-2": Preset(
+        replace(_DENSE, epochs=20, lr=0.004, muon_lr=0.004, seed=14),
+        source="ours: a second cycle of `cpu-teacher`, begun with what it ended with (--init), half from the labels, half from "
+        "the mean of `accurate` 1.4.0 and `cpu-11` (--teacher, twice)",
+        cost="not run yet",
+        result="not run yet",
     ),
     "small": Preset(
         TrainConfig(

@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -45,6 +45,8 @@ _SHOWN = 100
 
 _CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
 _MOST_TEXT = 1024
+_LONGEST_PART_HEAD = 64 * 1024
+"""The parser gives up before: at eight headers of 4 KiB."""
 """Bytes of a part that is no file, which is none that is read here."""
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
@@ -238,15 +240,17 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
 async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:  # Python has some that take minutes
-        raise MalformedRequest("the form's names must be in UTF-8; leave the charset out")
+        raise MalformedRequest("the form's charset must be UTF-8, ASCII or Latin-1; leave it out")
     body = await read_body(request)
     if (boundary := options.get(b"boundary")) is not None:
         line = b"\r\n--" + boundary
-        # Python looks at each of them, and at each byte of padding behind one
+        # Python looks at each of them, and at each byte of padding behind one, or behind the colon of a part's header
         if body.count(line) > max_images + _OTHER_MARKS:
             raise _too_many(max_images)
         if line + b" " in body or line + b"\t" in body:
             raise MalformedRequest("a boundary of the form is padded; send it without spaces behind it")
+        if any(b":  " in head for head in _part_heads(body, line)):
+            raise MalformedRequest("a header in the form is padded; send it with one space behind its colon")
 
     async def whole() -> AsyncGenerator[bytes, None]:
         yield body
@@ -267,6 +271,15 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     if not files:
         raise MalformedRequest("the form holds no file; send at least one image")
     return [Upload(await file.read(), file.filename) for file in files]
+
+
+def _part_heads(body: bytes, line: bytes) -> Iterator[bytes]:
+    """The headers of each part, or as much of them as the parser would read."""
+    begin = 0  # the first boundary has no line before it
+    while begin >= 0:
+        end = body.find(b"\r\n\r\n", begin, begin + _LONGEST_PART_HEAD)
+        yield body[begin : end if end >= 0 else begin + _LONGEST_PART_HEAD]
+        begin = body.find(line, begin + 1)
 
 
 def _read_json(body: bytes, max_images: int) -> list[Upload]:

@@ -1,4 +1,4 @@
-"""Python client of the service: `Client`, and `AsyncClient` for asyncio. Install `convmixer-serve[client]`.
+"""Python client of the service: `Client`, and `AsyncClient` for asyncio. The extra `[client]` installs what it needs.
 
 Imports nothing of the service itself, and numpy or Pillow only when the caller passes arrays or pictures of theirs.
 docs/client.md shows how it is used.

@@ -118,9 +118,11 @@ class Admission:
         full = waiting + count > self.max_queue
         if not full and wait_s * _SAFETY <= timeout_s:
             return None
+        waits = f"{waiting} images are waiting, about {wait_s * 1000:.0f} ms"
         return Overloaded(
-            f"{waiting} images are waiting (about {wait_s * 1000:.0f} ms); the limit is "
-            f"{self.max_queue} (CONVMIXER_MAX_QUEUE) and the request's deadline; try again later",
+            f"{waits}; the limit is {self.max_queue} (CONVMIXER_MAX_QUEUE); try again later"
+            if full
+            else f"{waits}; that is too long for the deadline of {timeout_s * 1000:.0f} ms; try again later, or with a later one",
             retry_after_s=max(1, math.ceil(wait_s)),
             reason="queue_full" if full else "would_be_late",
         )

@@ -22,6 +22,7 @@ class Exchange:
         headers: the request's, names in lower case.
         request_id: the client's or our own.
         begin: time.monotonic() at which the headers were complete.
+        received_bytes: of the request's body, so far.
         status: of the answer.
         sent_bytes: of the answer's body.
         seconds: from `begin` until the answer was ready.
@@ -38,6 +39,7 @@ class Exchange:
     headers: Sequence[tuple[bytes, bytes]]
     request_id: str
     begin: float
+    received_bytes: int = 0
     status: int = 0
     sent_bytes: int = 0
     seconds: float = 0.0

@@ -36,6 +36,8 @@ SERVICE_NAME = "convmixer-serve"
 """Unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` has another."""
 
 _LAST_SEND_S = 2.0
+_LONGEST = 256
+"""Bytes of what a client chooses, as in the access log: the SDK keeps thousands of spans."""
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
 
 
@@ -70,7 +72,7 @@ def open_traces(environment: Mapping[str, str] = os.environ) -> Traces | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
-        logger.warning("OTEL_* variables ask for traces, but %s is missing; install convmixer-serve[otel]", error.name)
+        logger.warning("OTEL_* variables ask for traces, but %s is missing; install the extra [otel]", error.name)
         return None
     resource = Resource.create({"service.version": __version__})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):
@@ -161,7 +163,7 @@ def _attributes(exchange: Exchange) -> dict[str, AttributeValue]:
     """As https://opentelemetry.io/docs/specs/semconv/http/http-spans/ has them, and this service's own."""
     attributes: dict[str, AttributeValue] = {
         "http.request.method": exchange.method,
-        "url.path": exchange.path,
+        "url.path": exchange.path[:_LONGEST],
         "url.scheme": "http",
         "convmixer.request_id": exchange.request_id,
         "convmixer.images": len(exchange.timings),
@@ -171,7 +173,7 @@ def _attributes(exchange: Exchange) -> dict[str, AttributeValue]:
     if exchange.client:
         attributes["client.address"], attributes["client.port"] = exchange.client
     if agent := next((value for name, value in exchange.headers if name == b"user-agent"), None):
-        attributes["user_agent.original"] = agent.decode("latin-1")
+        attributes["user_agent.original"] = agent[:_LONGEST].decode("latin-1")
     if exchange.status != CLIENT_LEFT:
         attributes["http.response.status_code"] = exchange.status
         attributes["http.response.body.size"] = exchange.sent_bytes

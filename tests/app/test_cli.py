@@ -304,7 +304,7 @@ def test_a_missing_extra_is_named(module, extra, tmp_path, samples):
         check=False,
     )
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {module} is missing; install convmixer-serve{extra}")
+    assert result.stderr == f"error: {module} is missing; in a clone: pip install -c constraints.txt '.{extra}'\n"
     assert not (tmp_path / "out").exists()
 
 

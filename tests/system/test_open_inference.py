@@ -33,6 +33,8 @@ from tests.server import ServerProcess
 
 INFER = "/v2/models/fast/infer"
 KEY = {"Authorization": "Bearer key"}
+NUMBERED = b"".join(number.to_bytes(256, "little") for number in range(33 * 4096))
+"""33 MiB that compress less than 200 times."""
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +337,7 @@ def elements(*sizes: int, shape: Any = (2,)) -> tuple[bytes, bytes]:
         (b'{"inputs": []}', b"", None, 400, "0 inputs"),
         (b'{"inputs": [' + b"[" * 10_000, b"", None, 400, "recursion limit"),
         (b'{"inputs": ' + b"[" * 2_000_000, b"", None, 413, "CONVMIXER_MAX_IMAGES"),
-        (b'{"inputs": [' + b"{}," * 2_000_000, b"", None, 413, "CONVMIXER_MAX_IMAGES"),
+        (b'{"inputs": [' + b"{}," * 2_000_000, b"", None, 400, "more than 100 objects"),
         (b'{"id": "' + b"i" * 1025 + b'", "inputs": []}', b"", None, 400, "id: String should have at most 1024"),
         (tensor().replace(b"[[[[0,", b"[[[[NaN,"), b"", None, 400, "no valid JSON"),
         (tensor().replace(b"[[[[0,", b"[[[[1e999,"), b"", None, 400, "integer from 0 to 255"),
@@ -352,6 +354,8 @@ def elements(*sizes: int, shape: Any = (2,)) -> tuple[bytes, bytes]:
         (tensor(data=[[[[0] * 3] * 32] * 31 + [[[0] * 3] * 31]]), b"", None, 400, "does not have the shape"),
         (tensor(data="0" * 3072), b"", None, 400, "neither a list"),
         (tensor(data=None), b"", None, 400, "neither a list"),
+        (tensor(data=[[]] * 150_000), b"", None, 413, "more than 393,216 values"),
+        (tensor(data=[{"": 1}] * 100), b"", None, 400, "more than 100 objects"),
         # shape and type
         (tensor(shape=[-1, 32, 32, 3]), b"", None, 400, "inputs.0.shape.0: Input should be greater than or equal to 0"),
         (tensor(shape=[2**62, 32, 32, 3]), b"", None, 413, "images"),
@@ -400,13 +404,15 @@ def test_hostile_requests_are_refused_with_a_word(client, head, tail, length, st
 @pytest.mark.parametrize(
     ("body", "coding", "status", "message"),
     [
-        (gzip.compress(b"\0" * (33 << 20)), "gzip", 413, "when decompressed (CONVMIXER_MAX_BODY_BYTES)"),
-        (zlib.compress(b"\0" * (33 << 20)), "deflate", 413, "when decompressed"),
+        (gzip.compress(NUMBERED, 1), "gzip", 413, "when decompressed (CONVMIXER_MAX_BODY_BYTES)"),
+        (zlib.compress(NUMBERED, 1), "deflate", 413, "when decompressed (CONVMIXER_MAX_BODY_BYTES)"),
+        (gzip.compress(b"\0" * (5 << 20)), "gzip", 413, "more than 200 times as long"),
+        (gzip.compress(b" " * (3 << 20)), "gzip", 400, "no valid JSON"),
         (gzip.compress(gzip.compress(b"{}")), "gzip", 400, "no valid JSON"),
         (gzip.compress(tensor())[:-9], "gzip", 400, "cut off"),
         (gzip.compress(tensor()) + b"more", "gzip", 400, "more follows"),
         (gzip.compress(b" " * (1 << 20)), "gzip", 400, "no valid JSON"),
-        (gzip.compress(json.dumps(as_json(ZEROS, outputs=[{"name": "logits"}] * 200_000)).encode()), "gzip", 400, "outputs"),
+        (gzip.compress(json.dumps(as_json(ZEROS, outputs=[{"name": "logits"}] * 200_000)).encode()), "gzip", 400, "objects"),
         (b"no gzip", "gzip", 400, "no valid gzip stream"),
         (gzip.compress(tensor()), "deflate", 400, "no valid deflate stream"),
         (b"", "deflate", 400, "cut off"),

@@ -99,7 +99,11 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
         header_length = _header_length(request.headers, len(body))
         parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
         json_bytes = len(body) if header_length is None else header_length
-        call = parse(body, header_length) if json_bytes < SHORT_JSON else await run_in_threadpool(parse, body, header_length)
+        if json_bytes < SHORT_JSON:
+            call = parse(body, header_length)
+        else:
+            async with service.long_json:
+                call = await run_in_threadpool(parse, body, header_length)
         default_s = deadline_ms(asked_ms, settings) / 1000
         deadline_s = min(call.timeout_s, settings.max_deadline_ms / 1000) if call.timeout_s else default_s
         results = await infer(request, call.images, explain=call.explain, deadline_s=deadline_s, begin=exchange.begin)

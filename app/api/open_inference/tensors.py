@@ -39,8 +39,14 @@ from app.verdict import softmax
 PIXELS, ENCODED = "images", "encoded_images"
 LOGITS, PROBABILITIES, CLASS_MAPS = "logits", "probabilities", "class_maps"
 
-_JSON_PER_VALUE = 1.5
-"""Brackets and commas of nested JSON by value of a tensor [N, S, S, 3]: 1.35 and the rest of the request."""
+_LISTS_PER_VALUE = 0.35
+"""Of nested JSON, by value of a tensor [N, S, S, 3] with S of 32 or more: a third, a thirty-second of that, …"""
+
+_MOST_OBJECTS = 100
+"""In a request's JSON; with every output and parameter there are about ten."""
+
+_OTHER_MARKS = 1000
+"""Commas and brackets of a request's JSON that are not the tensor's."""
 
 _LENGTH = struct.Struct("<I")
 
@@ -148,8 +154,10 @@ def build_answer(call: InferenceCall, outcomes: Sequence[Outcome], metadata: Art
 
 
 def _parse_json(text: bytes, max_values: int) -> InferenceRequest:
-    # an empty list weighs 56 bytes and is two on the wire, so what would be built is bounded before it is
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > _JSON_PER_VALUE * max_values + 1000:
+    # an empty list weighs 56 bytes and is two on the wire, an object 184 and five, so what would be built is bounded before it is
+    if text.count(b"{") > _MOST_OBJECTS:
+        raise MalformedRequest(f"no valid inference request: it has more than {_MOST_OBJECTS} objects")
+    if text.count(b",") > max_values + _OTHER_MARKS or text.count(b"[") > _LISTS_PER_VALUE * max_values + _OTHER_MARKS:
         raise TooManyImages(
             f"the JSON holds more than {max_values:,} values, the pixels of as many images as one request may have "
             "(CONVMIXER_MAX_IMAGES); send several requests"

@@ -48,7 +48,7 @@ def test_without_the_extra_the_service_runs_and_says_what_to_install(caplog, mon
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
     assert open_traces(ENDPOINT) is None
-    assert "install convmixer-serve[otel]" in caplog.text
+    assert "install the extra [otel]" in caplog.text
 
 
 def test_nobody_who_does_not_ask_pays():
