@@ -37,7 +37,7 @@ ModelOption = Annotated[
 ]
 
 KeyOption = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the API key (on the command line others could see it).")
+    Path | None, typer.Option(exists=True, dir_okay=False, help="File with the API key; on the command line others could see it.")
 ]
 
 _EXTRAS = {
@@ -266,7 +266,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        typer.secho(f"error: {package} is missing; in a clone: pip install -c constraints.txt '.[{_EXTRAS[package]}]'", fg="red", err=True)
+        install = f"pip install -c constraints.txt '.[{_EXTRAS[package]}]'"
+        typer.secho(f"error: {package} is missing; in a clone: {install}", fg="red", err=True)
         raise SystemExit(1) from error
     except Exception as error:
         if not isinstance(error, StartupError) and not _is_client_error(error):

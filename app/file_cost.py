@@ -101,9 +101,7 @@ def check_jpeg(data: bytes, max_pixels: int) -> None:
             height, width = data[position + 3 : position + 5], data[position + 5 : position + 7]
             pixels = int.from_bytes(height) * int.from_bytes(width)
         elif marker in _JPEG_UNREAD:
-            raise UndecodableImage(
-                "lossless and arithmetic coding are not read here; save it as an ordinary JPEG"
-            )
+            raise UndecodableImage("lossless and arithmetic coding are not read here; save it as an ordinary JPEG")
         elif marker == b"\xe1" and data.startswith(b"Exif\0", position + 2):
             exif_bytes += length
             if exif_bytes > _MOST_EXIF:

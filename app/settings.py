@@ -100,9 +100,7 @@ class Settings(BaseModel):
         description="Keys, separated by commas, one of which /classify and /v2/models ask for (`Authorization: Bearer KEY`).",
     )
     api_keys_file: Path | None = Field(None, description="A file of such keys, one a line.")
-    metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="Serve /metrics on this port instead of the main one."
-    )
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="Serve /metrics on this port instead of the main one.")
     cors_origins: str | None = Field(
         None, description="Origins, separated by commas, whose pages may call this service; unset: none."
     )

@@ -103,14 +103,14 @@ def evaluate(
     report = run(checkpoint, data, path, _usable_device(device))
     if report["trained_with"]:
         typer.secho(
-            "these are the images it was trained with: the accuracy says nothing about new ones; put some into test/ beside train/",
+            "these are the images it was trained with: the accuracy says nothing about new ones; put some into test/",
             fg="yellow",
             err=True,
         )
     elif learnt := report["learnt"]:
         typer.secho(
-            f"{learnt} of these {report['images']} images are files that lie in train/, too: the accuracy is too high for new ones; "
-            "take them out of train/ or of test/",
+            f"{learnt} of these {report['images']} images are files that lie in train/, too: the accuracy is too high for new "
+            "ones; take them out of train/ or of test/",
             fg="yellow",
             err=True,
         )

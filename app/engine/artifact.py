@@ -92,7 +92,7 @@ def read_verified(path: Path, expected_sha256: str | None = None) -> VerifiedByt
             expected_sha256 = sums.read_text(encoding="utf-8-sig").split()[0]  # Windows writes a mark before it, or UTF-16
         except (OSError, UnicodeDecodeError, IndexError) as error:
             raise StartupError(
-                f"no hash to verify {path} with: write {sums} (in UTF-8: sha256sum FILE > FILE.sha256) or set CONVMIXER_MODEL_SHA256"
+                f"no hash to verify {path} with: write {sums} (UTF-8: sha256sum FILE > FILE.sha256) or set CONVMIXER_MODEL_SHA256"
             ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected_sha256.lower():  # and capitals
