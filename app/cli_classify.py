@@ -266,8 +266,8 @@ def open_writer(format_name: str, output: Path | None) -> Iterator[Write]:
         file: IO[Any] = output.open("wb") if output and format_name == "parquet" else _open_text(output)
     except OSError as error:
         raise typer.BadParameter(f"{output} cannot be written: {error.strerror}") from error
-    # A failure of writing is told from one of whoever writes here, which comes out of the `yield`. And not in the file object: a
-    # signal that comes there, behind the system call, would have the buffer written again
+    # Failures of writing are renamed around each call: around the `yield` would be the caller's own, too. And not in the file
+    # object: a signal that comes there, behind the system call, would have the buffer written again
     try:
         if format_name == "parquet":
             with _parquet(file, called) as write:

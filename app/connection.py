@@ -110,7 +110,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.receive_by = self.active + self.settings.receive_timeout_s
         if full and not self._make_room(for_probes=False):
-            # who takes a place among these is no more than they were: else clients would take all of them, one by one
+            # who takes the place of a probe may only probe, too: else clients would make all of these ordinary ones, one by one
             if len(self.probes) < PROBE_CONNECTIONS or self._make_room(for_probes=True):
                 self.probes[self] = None
             else:

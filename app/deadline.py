@@ -23,7 +23,7 @@ def time_left_s(deadline_s: float, begin: float) -> float:
 
     Args:
         deadline_s: seconds that the request may take.
-        begin: time.monotonic() at its first byte.
+        begin: time.monotonic() at which its headers were complete.
 
     Raises:
         DeadlineExceeded: none are left.

@@ -77,7 +77,7 @@ class ImageTooLarge(ServiceError):
 
 
 class UnsupportedMediaType(ServiceError):
-    """The request's Content-Type is none that `/classify` reads."""
+    """The request's Content-Type, or its Content-Encoding, is none that is read here."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     code = "unsupported_media_type"
@@ -159,7 +159,7 @@ class DeadlineExceeded(ServiceError):
 
 
 class InferenceFailed(ServiceError):
-    """onnxruntime failed on this image alone; a defect of the service or the model, never of the client."""
+    """onnxruntime failed on this image, or the engine has failed; a defect of the service or the model, never of the client."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code = "inference_failed"

@@ -22,8 +22,8 @@ and 18 MiB with 16 bits a colour, takes 2.1 s of a Zen 5 core."""
 
 _CHECKED_READS = 256
 _CHECKED_BYTES = 1024
-"""These limits are looked at, and a sign of life is given, once in so many reads, and at each of so many bytes, after which there
-may be more to do. At every read it would double the price of small ones, of which a JPEG of any size has 38."""
+"""Limits are checked, and a sign of life is given, at every so many reads and at each read of so many bytes. At every read that
+would double the cost of small ones, of which a JPEG of any size has 38."""
 
 _MOST_SCANS = 40
 """Of a JPEG, each of which touches every pixel however short it is; progressive ones have about ten."""

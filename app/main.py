@@ -10,12 +10,13 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Scope
 
 from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.protection import ApiKeys, App, RequestGuard, Scope, classifies, routed_path
+from app.protection import ApiKeys, RequestGuard, classifies, routed_path
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.exchange import Exchange
@@ -27,7 +28,7 @@ from app.telemetry.traces import open_traces
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings | None = None, siblings: Path | None = None) -> App:
+def create_app(settings: Settings | None = None, siblings: Path | None = None) -> ASGIApp:
     """Builds the application: FastAPI behind the guard.
 
     The guard stands outside of FastAPI and not among its middleware, because its own entrance costs more than the guard.

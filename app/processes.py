@@ -100,7 +100,7 @@ class Supervisor:
             with metrics_server(self._settings, everybody):
                 signal.signal(signal.SIGTERM, stop)
                 signal.signal(signal.SIGINT, stop)
-                # a wait that a signal ends has a moment in which it does not; looking twenty times a second has none
+                # a signal just before a blocking wait would not end it; looking twenty times a second has no such moment
                 while self._started or not self._stopping:
                     self._metrics.leave(folder)
                     self._start_due(command)

@@ -12,18 +12,13 @@ import hmac
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, Overloaded, ServiceError, Unauthorized
 from app.telemetry.exchange import Exchange, server_timing
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PROTECTED = ("/classify", "/v2/models")
 """Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
@@ -144,7 +139,7 @@ class RequestGuard:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         *,
         keys: ApiKeys,
         max_body_bytes: int,

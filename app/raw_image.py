@@ -38,7 +38,7 @@ _MAX_DIGITS = 3
 _MAX_DEADLINE_DIGITS = len(str(MOST_DEADLINE_MS))
 _LONGEST_LENGTH = 12
 _LONGEST_HEAD = 2048
-"""Longer ones are parsed each time: what is kept counts once a connection."""
+"""Longer ones are parsed each time: every connection would keep one."""
 _UNUSUAL = frozenset((b"expect", b"transfer-encoding", b"upgrade", b"content-encoding", b"origin"))
 
 

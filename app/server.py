@@ -23,7 +23,8 @@ from app.processes import ExitCode
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    from app.protection import App
+    from starlette.types import ASGIApp
+
     from app.service import Service
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _SWEPT_AT_ONCE = 64
 """Connections looked at before others have their turn: an attack's, refused together, would hold them up for milliseconds."""
 
 
-def run(app: App, settings: Settings, listening: socket.socket | None = None, parent: int | None = None) -> None:
+def run(app: ASGIApp, settings: Settings, listening: socket.socket | None = None, parent: int | None = None) -> None:
     """Serves until SIGTERM or SIGINT; open requests are finished first.
 
     Args:

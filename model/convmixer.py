@@ -159,12 +159,3 @@ def require_positive_integers(config: Any) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable scalars (the paper's "parameters"; BatchNorm statistics are not counted)."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def count_macs(config: ConvMixerConfig, image_size: int) -> int:
-    """Multiply-accumulate operations of the convolutions and the head for one image_size × image_size image."""
-    h, k, p = config.hidden_dim, config.kernel_size, config.patch_size
-    positions = (image_size // p) ** 2
-    stem = positions * h * config.in_channels * p * p
-    block = positions * (h * k * k + h * h)
-    return stem + config.depth * block + h * config.num_classes

@@ -128,12 +128,3 @@ class MLPMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (not probabilities) of normalised images: float [N, 3, S, S] → float [N, C]."""
         return self.forward_head(self.forward_features(x))
-
-
-def count_macs(config: MLPMixerConfig, image_size: int) -> int:
-    """Multiply-accumulate operations of all linear maps for one image; `image_size` is the configuration's own."""
-    h, p = config.hidden_dim, config.patch_size
-    tokens = (image_size // p) ** 2
-    stem = tokens * h * config.in_channels * p * p
-    block = 2 * tokens * h * (config.token_mlp_dim + config.channel_mlp_dim)
-    return stem + config.depth * block + h * config.num_classes

@@ -94,17 +94,3 @@ class ResNet(nn.Module):
 def _halving(width_in: int, width: int) -> BasicBlock:
     shortcut = nn.Sequential(nn.Conv2d(width_in, width, kernel_size=1, stride=2, bias=False), nn.BatchNorm2d(width))
     return BasicBlock(width_in, width, stride=2, downsample=shortcut)
-
-
-def count_macs(config: ResNetConfig, image_size: int) -> int:
-    """Multiply-accumulate operations of the convolutions and the head for one image_size × image_size image."""
-    side = image_size // config.patch_size
-    macs = side**2 * config.hidden_dim * 3 * config.patch_size**2
-    for stage, width in enumerate(config.widths):
-        equal = 9 * width * width  # of a convolution that keeps the width, for each position
-        first = 2 * equal
-        if stage:
-            side = -(-side // 2)
-            first = (9 + 1) * width * width // 2 + equal  # its first convolution and its shortcut read half the width
-        macs += side**2 * (first + (config.depth - 1) * 2 * equal)
-    return macs + config.widths[-1] * config.num_classes

@@ -90,13 +90,3 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (not probabilities) of normalised images: float [N, 3, S, S] → float [N, C]."""
         return self.forward_head(self.forward_features(x))
-
-
-def count_macs(config: ViTConfig, image_size: int) -> int:
-    """Multiply-accumulate operations of all matrix products for one image; `image_size` is the configuration's own."""
-    h, p = config.hidden_dim, config.patch_size
-    tokens = (image_size // p) ** 2
-    stem = tokens * h * 3 * p * p
-    attention = tokens * 4 * h * h + 2 * tokens * tokens * h  # queries, keys, values, output; scores and weighted sums
-    block = attention + 2 * tokens * h * config.mlp_dim
-    return stem + config.depth * block + h * config.num_classes

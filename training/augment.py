@@ -63,6 +63,7 @@ class Augmentation:
             [N, C] whose rows sum to 1.
         """
         config, side = self.config, images.shape[-1]
+        # pad_crop 2, crop 3, trivialaugment 3, flip 1, erase 5; each operation of randaugment 2
         draw = _Draws(len(images), 14 + 2 * config.randaugment_ops, self.device)
         batch = vision.to_dtype(images, torch.float32, scale=True)
 

@@ -10,7 +10,7 @@ class ConfigError(TrainingError):
 
 
 class DataError(TrainingError):
-    """The data folder is missing, has fewer than two classes, or holds a file that is no readable image."""
+    """The data folder is missing or unreadable, or these are other data than a checkpoint or a report was made with."""
 
 
 class ResumeError(TrainingError):

@@ -16,8 +16,8 @@ WORST_MISTAKES = 32
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature that minimises cross-entropy on held-out images (Guo et al. 2017, arXiv 1706.04599).
 
-    Of few images that would be any number, so log T is taken for standard normal before they are looked at: of ten they decide
-    no more than half, of 2,500 all.
+    With few images that is arbitrary, so log T has a standard normal prior: with ten images it weighs as much as they do, with
+    2,500 nothing.
 
     Args:
         logits: float [N, C].

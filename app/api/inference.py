@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 from fastapi import Header, Request, Response
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from app.deadline import time_left_s
 from app.engine.outcome import Outcome
 from app.errors import Overloaded
 from app.images import DecodedImage
-from app.protection import Receive, Scope, Send
 from app.service import Service
 from app.settings import MOST_DEADLINE_MS
 

@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.codings import choose_coding
-from app.protection import App, Receive, Scope, Send
 from app.service import Service
 
 WEB = Path(__file__).parent.parent / "web"
@@ -43,7 +43,7 @@ _HEADERS = {
 }
 
 
-def or_the_page(not_found: App) -> App:
+def or_the_page(not_found: ASGIApp) -> ASGIApp:
     """What answers paths that no route has: the prefix itself, below which a proxy has put the service, leads to the page.
 
     Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import MutableMapping
 from http import HTTPStatus
 from typing import Any
 
@@ -18,9 +17,10 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Scope, Send
 
 from app.errors import CLIENT_LEFT, InvalidParameter, ServiceError, Unauthorized
-from app.protection import Send, routed_path
+from app.protection import routed_path
 from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,12 @@ def defect_response(path: str, error: Exception, request_id: str) -> Response:
     return _respond(path, HTTPStatus.INTERNAL_SERVER_ERROR, ServiceError.code, detail, request_id, {})
 
 
-async def answer_failure(scope: MutableMapping[str, Any], error: ServiceError, send: Send) -> None:
+async def answer_failure(scope: Scope, error: ServiceError, send: Send) -> None:
     """Answers a failure found outside FastAPI."""
     _note(scope, error.code, error)
     response = problem_response(routed_path(scope), error, scope["state"]["request_id"])
 
-    async def no_body() -> MutableMapping[str, Any]:
+    async def no_body() -> Message:
         return {"type": "http.disconnect"}
 
     await response(scope, no_body, send)
@@ -103,9 +103,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
         details = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-        _note(request.scope, InvalidParameter.code, error)
-        status, path = HTTPStatus.UNPROCESSABLE_ENTITY, routed_path(request.scope)
-        return _respond(path, status, InvalidParameter.code, details, request.state.request_id, {})
+        return await service_error(request, InvalidParameter(details))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -130,7 +128,7 @@ def install(app: FastAPI) -> None:
         return defect_response(routed_path(request.scope), error, request.state.request_id)
 
 
-def _note(scope: MutableMapping[str, Any], code: str, error: Exception) -> None:
+def _note(scope: Scope, code: str, error: Exception) -> None:
     """Tells metrics, access log and traces what went wrong."""
     if isinstance(error, ServiceError):
         error.forget_origin()

@@ -145,9 +145,9 @@ def _attempts(pictures: list[Picture], wanted: Wanted, contact: Contact, begun: 
             yield Pause(pause_s)
         elif not too_large:
             return _give_up(outcome, pictures, is_there)
-        # none breaks a connection that was never made: then nobody listens, and will again
+        # no image is to blame for a connection that was not made: the service is down for a moment
         one_breaks_it = lost and is_there and refusals > 1 and not isinstance(reply, httpx.ConnectError | httpx.ConnectTimeout)
-        # not 429: who counts requests has more to refuse of halves
+        # not 429: a limit of requests would refuse two halves as well
         too_many = isinstance(outcome, Overloaded) and outcome.status == HTTPStatus.SERVICE_UNAVAILABLE
         if len(pictures) > 1 and (too_large or one_breaks_it or too_many):
             # what does not fit as a whole may fit in halves: into a body limit, into the time for a body, into a queue. An image

@@ -84,8 +84,8 @@ class Admission:
                 if key is not None and (twin := self._open.get(key)):
                     if _is_in_time(twin, deadline):
                         twin.askers.append(asker)
-                        continue  # at most 64 KiB, which may wait for its turn though all have left
-                    key = None  # noqa: PLW2901 - nobody can join what is not the first of its kind
+                        continue  # it has at most 64 KiB, so it may keep its turn though all who asked have left
+                    key = None  # noqa: PLW2901 - `_open` holds the first item of a key; nobody can join this one
                 item = Item(data, explain, [asker], Timing(now), key)
                 if key is None:
                     asker.future.on_cancel = item.forget

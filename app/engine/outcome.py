@@ -36,7 +36,7 @@ class Outcome:
     Attributes:
         logits: float32 [C].
         class_maps: float32 [C, h, w], or None if not asked for.
-        similarity: to the training images, or None if the artifact's score needs none.
+        similarity: cosine of the whitened features and the nearest class mean, or None if the artifact's score needs none.
         warnings: of the decoder.
         timing: of this image.
     """

@@ -59,8 +59,9 @@ _HERE_PIXELS = 256 * 256
 _HERE_S = 0.005
 _HERE_PAUSE = 100
 _HERE_LONGEST_S = 0.2
-"""Largest image that the thread which has it computes itself, and longest expected. What took longer all the same, or was tried
-in vain, bars that way for so many times as long; the process may have been stopped meanwhile, so no more than this counts."""
+"""Images of up to this size that should take at most `_HERE_S` are computed in the event loop. After one that took longer, or
+failed, this is not tried for `_HERE_PAUSE` times what it took, of which at most `_HERE_LONGEST_S` count: the process may have
+been stopped meanwhile."""
 
 
 class Scheduler:
@@ -74,7 +75,7 @@ class Scheduler:
         max_batch: largest batch.
         max_queue: images waiting at most.
         coalesce: compute identical images that are in flight together once.
-        image_s: seconds of a worker that an image takes, as far as that was measured.
+        image_s: seconds of a worker that an image takes, to begin with.
         on_batch: called after each batch with its outcomes, for metrics; must not raise.
         on_failure: called with the times of an image that took a worker's time and has no outcome, likewise.
         hang_timeout_s: processor time of one step of decoding an image, or of one run of the model, from which on a worker is
@@ -92,7 +93,7 @@ class Scheduler:
         max_batch: int,
         max_queue: int,
         coalesce: bool = True,
-        image_s: float | None = None,
+        image_s: float,
         on_batch: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
         on_failure: Callable[[Timing], None] = lambda timing: None,
         hang_timeout_s: float = 5.0,
@@ -100,7 +101,7 @@ class Scheduler:
         self.session, self.rule, self.limits = session, rule, limits
         self.workers, self.max_batch, self.hang_timeout_s = workers, max_batch, hang_timeout_s
         self._on_batch, self._on_failure = on_batch, on_failure
-        self.service_time = ServiceTime(image_s or session.warm_up_ms / 1000 / 2, workers)
+        self.service_time = ServiceTime(image_s, workers)
         self.admission = Admission(self.service_time, self.busy, max_queue=max_queue, coalesce=coalesce)
         self._watchdog = Watchdog()
         self._worked = self._rested = self._here_from = time.monotonic()
@@ -302,8 +303,8 @@ class Scheduler:
     def _decode(self, item: Item, announce: Announce, end: float) -> bool:
         begin = self._watchdog.beat()
         item.timing.queue_s = begin - item.timing.submitted
-        # what would be late at the end of its batch leaves its time to the next; without a next it is tried, also to learn how
-        # long images take now
+        # an image that would be late by the end of its batch is dropped if others wait; if none does it is tried, also to learn
+        # how long images take now
         if not self.admission.is_wanted(item, max(begin, end) if self.waiting() else begin):
             return False
         try:

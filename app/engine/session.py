@@ -38,7 +38,7 @@ class Answers(NamedTuple):
 
     Attributes:
         logits: float32 [N, C].
-        similarity: float32 [N], to the training images; None if the artifact's score needs none.
+        similarity: float32 [N], cosine of the whitened features and the nearest class mean; None if the score needs none.
         class_maps: float32 [N, C, h, w]; None if not asked for.
     """
 

@@ -46,7 +46,7 @@ class InferenceStatistics:
     """All counters.
 
     Attributes:
-        success: answered requests, from the first byte of the body to the answer.
+        success: answered requests, from the headers to the answer.
         fail: refused and failed ones.
         queue: wait of an answered request's image that waited longest.
         compute_input: decoding of that image.
@@ -72,7 +72,7 @@ class InferenceStatistics:
 
         Args:
             outcomes: of its images, at least one.
-            seconds: from the first byte of the body to the answer.
+            seconds: from the headers to the answer.
             output_s: of these, for making the answer.
         """
         timings = [outcome.timing for outcome in outcomes]

@@ -12,9 +12,9 @@ from typing import cast
 
 import ray
 from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.main import create_app
-from app.protection import App, Message, Receive, Scope, Send
 from app.service import Service
 from app.settings import ENV_PREFIX, Settings
 from app.telemetry.logs import configure_logging
@@ -30,7 +30,7 @@ class ReplicaApp:
         state: the lifespan's state; empty until it has started.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.state: dict[str, Service] = {}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.architectures import config_from_dict
-from model.convmixer import ConvMixer, ConvMixerConfig, count_macs, count_parameters
+from model.architectures import config_from_dict, count_macs
+from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import nn
 
 from model import export as export_module
+from model.architectures import count_macs
 from model.checkpoint import SIMILARITY, Checkpoint, CheckpointError, build_model, build_similarity
-from model.convmixer import ConvMixer, count_macs
+from model.convmixer import ConvMixer
 from model.errors import ExportError
 from model.export import CONTRACT, METADATA_KEY, ParityReport, Servable, check_parity, export
 from model.similarity import FeatureSimilarity

@@ -56,7 +56,7 @@ def make(session):
     made = []
 
     def build(**choices) -> Scheduler:
-        choices = {"workers": 1, "max_batch": 4, "max_queue": 100, "coalesce": False, **choices}
+        choices = {"workers": 1, "max_batch": 4, "max_queue": 100, "coalesce": False, "image_s": 0.005, **choices}
         made.append(Scheduler(session, session.metadata.resize, DecodeLimits(10**6, 10**4), **choices))
         return made[-1]
 
@@ -476,7 +476,14 @@ def test_an_answer_that_is_no_number_fails_for_that_image_alone(artifact_path, s
     path = tmp_path / "broken.onnx"
     session = Session(read_verified(path, write_broken_model(artifact_path, output, path)), "cpu")
     scheduler = Scheduler(
-        session, session.metadata.resize, DecodeLimits(10**6, 10**4), workers=1, max_batch=8, max_queue=100, coalesce=False
+        session,
+        session.metadata.resize,
+        DecodeLimits(10**6, 10**4),
+        workers=1,
+        max_batch=8,
+        max_queue=100,
+        coalesce=False,
+        image_s=0.005,
     )
     white = _png(np.full((32, 32, 3), 255, np.uint8))
     images = [samples[0].data, white, samples[1].data]
