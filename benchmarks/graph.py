@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.serve import processor
 from model.export import read_metadata
 from training.data import load_images
-from training.quantize import compute_logits
+from training.quantize import artifact_logits
 
 ROUNDS = 20
 OPERATORS = 6
@@ -104,7 +104,7 @@ def accuracy(path: Path, data: Path) -> float:
     """Share of right answers on the test set, as the artifact's training and evaluation saw that."""
     metadata = read_metadata(path)
     images = load_images(data, "test", metadata["input_size"], metadata["resize"]["filter"])
-    return float((compute_logits(path, images).argmax(1) == images.labels).double().mean())
+    return float((artifact_logits(path, images).argmax(1) == images.labels).double().mean())
 
 
 if __name__ == "__main__":

@@ -82,9 +82,7 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
         "calibration": fitted.figures,
         "training": {**last["training"], "averaged": {"sha256": parts}},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_checkpoint(output, {**tensors, **fitted.tensors()}, description)
+    save_checkpoint(output, {**network.state_dict(), **fitted.tensors()}, description)
     accuracy: float = fitted.figures["accuracy"]
     return accuracy
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib as mpl
+
+mpl.use("agg")
+
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+BLUE = "#2563eb"
+GREY = "#94a3b8"
 
 
 def finish(figure: Figure, path: Path, *axes: Axes) -> None:

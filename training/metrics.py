@@ -56,9 +56,9 @@ def familiarity(logits: Tensor, temperature: float, similarity: Tensor) -> dict[
     }
 
 
-def rejection_thresholds(scores: dict[str, Tensor], kept: float = 0.95) -> dict[str, float]:
+def rejection_thresholds(scores: dict[str, Tensor]) -> dict[str, float]:
     """For each score the value below which a picture is called "none of the classes": keeps at least 95 % of held-out images."""
-    return {name: float(torch.quantile(values, 1 - kept, interpolation="lower")) for name, values in scores.items()}
+    return {name: float(torch.quantile(values, 0.05, interpolation="lower")) for name, values in scores.items()}
 
 
 def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> list[dict[str, float]]:

@@ -106,7 +106,7 @@ def quantize(artifact: Path, output: Path, data_path: Path | None, *, name: str)
             reduce_range=True,  # weights of 7 bits: AVX2 adds two products in 16, where those of 8 overflow
             extra_options={"TensorQuantOverrides": _overrides(proto.graph, convolutions, ranges)},
         )
-        before, after = compute_logits(artifact, test), compute_logits(draft, test)
+        before, after = artifact_logits(artifact, test), artifact_logits(draft, test)
         found = score(after, test.labels, test.classes, metadata["temperature"])
         float32_top1 = float((before.argmax(1) == test.labels).double().mean())
         result = Quantized(len(test), found["top1"], float32_top1, int((before.argmax(1) == after.argmax(1)).sum()))
@@ -131,7 +131,7 @@ def quantize(artifact: Path, output: Path, data_path: Path | None, *, name: str)
     return result
 
 
-def compute_logits(artifact: Path, data: ImageSet) -> Tensor:
+def artifact_logits(artifact: Path, data: ImageSet) -> Tensor:
     """What onnxruntime answers: float32 [N, C].
 
     Args:

@@ -96,9 +96,9 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
     config = TrainConfig.from_dict(checkpoint.description["training"]["config"])
     data = _evaluated_on(checkpoint_path, evaluation, data_path, config)
     if "quantized" in artifact:  # the evaluation is of the checkpoint, which these answers are not equal to
-        from training.quantize import compute_logits
+        from training.quantize import artifact_logits
 
-        evaluation |= score(compute_logits(artifact_path, data), data.labels, data.classes, artifact["temperature"])
+        evaluation |= score(artifact_logits(artifact_path, data), data.labels, data.classes, artifact["temperature"])
     write_card(checkpoint, evaluation, artifact, data, output)
     artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
 

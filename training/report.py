@@ -13,10 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import matplotlib as mpl
-
-mpl.use("agg")
-
 import matplotlib.pyplot as plt
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -24,11 +20,9 @@ from PIL import Image
 
 from model.checkpoint import Checkpoint
 from training.data import ImageSet
-from training.figures import finish
+from training.figures import BLUE, GREY, finish
 from training.metrics import proportion_interval
 
-_COLOR = "#2563eb"
-_MUTED = "#94a3b8"
 _MOST_NAMED_CLASSES = 40
 """Of more the confusion matrix shows colours alone, at the same size: with a thousand it would take gigabytes."""
 
@@ -90,11 +84,11 @@ def draw_curves(training: dict[str, Any], path: Path) -> None:
     if _teachers(training):
         shown.append("distance to a teacher")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(epochs, [row["train_loss"] for row in history], color=_MUTED, label=f"training ({', '.join(shown)})")
-    left.plot(epochs, [row["val_loss"] for row in history], color=_COLOR, label="validation")
+    left.plot(epochs, [row["train_loss"] for row in history], color=GREY, label=f"training ({', '.join(shown)})")
+    left.plot(epochs, [row["val_loss"] for row in history], color=BLUE, label="validation")
     left.set(xlabel="epoch", ylabel="loss, nats" if _teachers(training) else "cross-entropy, nats", ylim=(0, None))
     left.legend(frameon=False)
-    right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=_COLOR, marker="o", markersize=3)
+    right.plot(epochs, [100 * row["val_accuracy"] for row in history], color=BLUE, marker="o", markersize=3)
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
     finish(figure, path, left, right)
 
@@ -125,13 +119,13 @@ def draw_reliability(bins: list[dict[str, float]], path: Path) -> None:
     """Accuracy against confidence, after temperature scaling."""
     filled = [b for b in bins if b["count"]]
     figure, axes = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
-    axes.plot([0, 1], [0, 1], color=_MUTED, linestyle="--", label="honest")
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", label="honest")
     total = sum(b["count"] for b in filled)
     axes.scatter(
         [b["confidence"] for b in filled],
         [b["accuracy"] for b in filled],
         s=[12 + 300 * b["count"] / total for b in filled],
-        color=_COLOR,
+        color=BLUE,
         label="bins, area = share",
     )
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))

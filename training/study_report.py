@@ -8,19 +8,14 @@ import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from training.figures import finish
+from training.figures import GREY, finish
 from training.study import write_json
 
 CONFIDENCE = 0.95
-_MUTED = "#94a3b8"
 
 
 class Estimate(NamedTuple):
@@ -288,7 +283,7 @@ def _draw_costs(study: dict[str, Any], path: Path) -> None:
             while any(abs(height - y) < 0.03 * (high - low) and abs(math.log(cost / x)) < 1 for x, y in labels):
                 height += 0.005 * (high - low)
             labels.append((cost, height))
-            at, line = (cost * 1.12, height), {"arrowstyle": "-", "color": _MUTED, "linewidth": 0.5}
+            at, line = (cost * 1.12, height), {"arrowstyle": "-", "color": GREY, "linewidth": 0.5}
             axes.annotate(name, (cost, found.mean), xytext=at, fontsize=7, va="center", arrowprops=line)
         axes.set(xscale="log", ylim=(low, high))
         axes.margins(x=0.2)

@@ -146,6 +146,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         bar = stack.enter_context(_progress_bar(config, model, runtime, progress.step, total_steps, shown=group.leads))
         termination = stack.enter_context(_termination_requested())
         loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+        released: Network = ema.module if config.ema_decay else model
         started = time.monotonic() - progress.seconds
         begun = saved_at = time.monotonic()
         first_step = rated_from = progress.step
@@ -194,7 +195,6 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
             if epoch_ends:
-                released: Network = ema.module if config.ema_decay else model
                 val_logits = compute_logits(released, validation, config, device)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
@@ -229,7 +229,6 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 number = termination[0] if termination else None
                 raise Stopped(f"stopped at step {step + 1} {reason}; continue with --resume", number)
         if group.leads:
-            released = ema.module if config.ema_decay else model
             calibration = calibrate(released, training, validation, config, device)
             state.release(released, progress, calibration, len(training), len(validation), runtime)
     return state.released_path

@@ -19,7 +19,7 @@ from model.export import export, read_metadata
 from tests.training.conftest import CIFAR10
 from training.data import load_images
 from training.errors import DataError
-from training.quantize import compute_logits, equalize, measure_ranges, pointwise_convolutions, quantize
+from training.quantize import artifact_logits, equalize, measure_ranges, pointwise_convolutions, quantize
 from training.release import write_card_for
 
 RELEASED = Path(__file__).parents[2] / "app" / "artifacts" / "fast.onnx"
@@ -34,7 +34,7 @@ def eight_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_answers_nearly_as_before_and_says_how_nearly(eight_bits: Path) -> None:
     images = load_images(CIFAR10, "test", 32, "bicubic")
-    before, after = compute_logits(RELEASED, images), compute_logits(eight_bits, images)
+    before, after = artifact_logits(RELEASED, images), artifact_logits(eight_bits, images)
     assert 0 < float((before - after).square().mean().sqrt()) < 0.1
     found, original = read_metadata(eight_bits), read_metadata(RELEASED)
     assert found["name"] == "small"
@@ -77,7 +77,7 @@ def test_equalizing_makes_channels_alike_and_changes_no_answer(tmp_path: Path) -
         spread_before, spread_after = (np.log(np.abs(ranges[name]).max(0)).std() for ranges in (before, after))
         assert spread_after == pytest.approx(spread_before / 2, rel=0.01)
     onnx.save(proto, tmp_path / "equal.onnx")
-    assert float((compute_logits(tmp_path / "equal.onnx", images) - compute_logits(RELEASED, images)).abs().max()) < 1e-3
+    assert float((artifact_logits(tmp_path / "equal.onnx", images) - artifact_logits(RELEASED, images)).abs().max()) < 1e-3
 
 
 def test_the_card_has_its_own_figures(eight_bits: Path, tmp_path: Path, repository: Path) -> None:
