@@ -16,7 +16,8 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.errors import StartupError
-from app.protection import ApiKeys, RequestGuard, classifies, routed_path
+from app.keys import ApiKeys
+from app.protection import RequestGuard, classifies, routed_path
 from app.service import Service
 from app.settings import Settings
 from app.telemetry.exchange import Exchange

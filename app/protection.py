@@ -7,17 +7,16 @@ chunked bodies without Content-Length. How long they may take is the server's bu
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, Overloaded, ServiceError, Unauthorized
+from app.budget import ByteBudget
+from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, ServiceError, Unauthorized
+from app.keys import ApiKeys
 from app.telemetry.exchange import Exchange, server_timing
 
 PROTECTED = ("/classify", "/v2/models")
@@ -44,82 +43,6 @@ def routed_path(scope: Scope) -> str:
 def choose_request_id(sent: bytes) -> str:
     """The client's own `X-Request-ID` if it is short and plain, else a new one."""
     return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
-
-
-class ByteBudget:
-    """Bytes of request bodies held at once, over all requests: what keeps memory bounded whatever clients send.
-
-    Args:
-        limit: most bytes.
-
-    Attributes:
-        make_room: ends uploads that hold as many bytes as it is given, or says that there are none which may be ended; set by
-            who knows of uploads (`app.server`).
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self.make_room: Callable[[int], bool] = lambda _: False
-
-    def take(self, count: int) -> None:
-        """Counts bytes that have arrived; they stay counted even if that is too much, until they are given back.
-
-        Raises:
-            Overloaded: more are held than allowed.
-        """
-        self.held += count
-        if self.held > self.limit and not self.make_room(self.held - self.limit):
-            raise self.full()
-
-    def full(self) -> Overloaded:
-        """What those are told who hold more than there is room for."""
-        return Overloaded(
-            f"more than {self.limit:,} bytes of requests are in work (CONVMIXER_MAX_HELD_BYTES); try again later",
-            retry_after_s=1,
-            reason="held_bytes",
-        )
-
-    def give_back(self, count: int) -> None:
-        """Counts bytes that are no longer held."""
-        self.held -= count
-
-    @contextmanager
-    def loan(self) -> Iterator[Callable[[int], None]]:
-        """Gives a `take` of its own, and gives back at the end what was taken with it."""
-        taken = 0
-
-        def take(count: int) -> None:
-            nonlocal taken
-            taken += count
-            self.take(count)
-
-        try:
-            yield take
-        finally:
-            self.give_back(taken)
-
-
-class ApiKeys:
-    """Tells whether a request may be answered.
-
-    Args:
-        keys: any of them opens; none at all: everybody may ask.
-    """
-
-    def __init__(self, keys: list[str]) -> None:
-        # digests have one length, so comparing them says nothing of a key's own
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def admit(self, headers: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Whether a key is among the headers (RFC 6750). Takes the same time whichever key it is."""
-        if not self._digests:
-            return True
-        sent = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, key = sent.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(found)
 
 
 class RequestGuard:

@@ -10,13 +10,14 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from app.budget import ByteBudget
 from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
 from app.engine.scheduler import Scheduler
 from app.engine.session import Session, available_cores
 from app.engine.statistics import InferenceStatistics
 from app.images import DecodeLimits
-from app.protection import ApiKeys, ByteBudget
+from app.keys import ApiKeys
 from app.settings import Settings
 from app.telemetry.exchange import Exchange, Watcher
 from app.telemetry.metrics import Metrics
