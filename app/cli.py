@@ -293,7 +293,7 @@ def _require(fits: bool, message: str) -> None:
 
 def _require_another_file(written: Path | None, read: list[str]) -> None:
     """Refuses to write onto a file that was named, and onto any image: it may be one of those in a folder or a list."""
-    from app.cli_classify import SUFFIXES
+    from pictures.files import IMAGE_SUFFIXES
 
     if written is None or not written.exists():
         return
@@ -302,7 +302,9 @@ def _require_another_file(written: Path | None, read: list[str]) -> None:
         with suppress(OSError):  # it is missing, or may not be looked at
             is_same |= path != "-" and written.samefile(path)
     _require(not is_same, f"{written} is to be read, and would be overwritten; write to another file")
-    _require(written.suffix.lower() not in SUFFIXES, f"{written} is an image, and would be overwritten; write to another file")
+    _require(
+        written.suffix.lower() not in IMAGE_SUFFIXES, f"{written} is an image, and would be overwritten; write to another file"
+    )
 
 
 def _read_key(path: Path | None) -> str | None:

@@ -26,6 +26,7 @@ from app.cli_interrupt import Interruption
 from app.errors import InferenceFailed, ServiceError, StartupError
 from app.paths import find_files, printable
 from app.telemetry.logs import visible
+from pictures.files import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from app.client import Client
@@ -36,9 +37,6 @@ Row: TypeAlias = dict[str, Any]
 Write: TypeAlias = Callable[[Row], None]
 
 STDIN = "-"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp"}
-"""Files taken from folders; one that is named is taken whatever it is called."""
-
 _WINDOW = 64
 """Images in flight at least: enough to keep every core busy, few enough to keep memory flat."""
 
@@ -99,7 +97,7 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 def _in_folder(folder: str) -> Iterator[str]:
     unreadable: list[str] = []
     files = map(Path, find_files(folder, lambda error: unreadable.append(error.filename)))
-    yield from (str(path) for path in files if path.suffix.lower() in SUFFIXES)
+    yield from (str(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     yield from unreadable  # as if they were images: each gets a row that says why it was not looked into
 
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
+
+from pictures.files import walk
 
 
 def find_files(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
-    """Everything below that is no folder, sorted within each, but for what is hidden: `._cat.png` is no picture, but macOS's.
-
-    Links to folders are followed, and no folder is looked into twice: a link may lead back to where it lies. They come
-    after all else, so that what a folder holds goes by the folder's own name if that is below, too.
-
-    Args:
-        folder: where to begin.
-        on_error: gets what a folder that cannot be looked into gives; it may raise it.
-    """
-    seen: set[str] = set()
-    roots = [folder]
-    for root in roots:  # grows by the links on the way
-        for parent, folders, files in os.walk(root, onerror=on_error):
-            real = os.path.realpath(parent)  # and not its inode: file systems in user space may make that up
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            below = (os.path.join(parent, name) for name in folders)  # noqa: PTH118 (`root` comes back as it was given)
-            roots += filter(os.path.islink, below)
-            yield from (os.path.join(parent, name) for name in sorted(files) if not name.startswith("."))  # noqa: PTH118
+    """Every file below that is not hidden; for the order, links and `on_error` see `pictures.files.walk`."""
+    for _, _, files in walk([folder], on_error):
+        yield from files
 
 
 def printable(path: str) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+from pictures.files import IMAGE_SUFFIXES, walk
 from pictures.pixels import (
     compose_on_white,
     load_first_frame,
@@ -34,7 +35,6 @@ from pictures.pixels import (
 )
 from training.errors import DataError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif"}
 _SPLITS = ("train", "test")
 _LIKE_SPLITS = {*_SPLITS, "training", "testing", "val", "valid", "validation", "eval"}
 _HELD_OUT_SEED = 0  # of the order in which images are held out; another number would hold out what released models have learnt
@@ -278,30 +278,17 @@ def _together(digests: list[bytes]) -> str:
 def _find(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """Everything in the classes' folders, with their number, in order.
 
-    As `convmixer classify` finds it (`app.paths`): links to folders are followed, and no folder is looked into twice, as a link
-    may lead back; one that is a class or lies in one counts there, and not where a link leads to it. Hidden ones, and hidden
-    files, are passed over.
+    A folder that is a class or lies in one counts there, and not where a link leads to it.
     """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
-    seen = {os.path.realpath(folder)}
-    roots = sorted((folder / name for name in classes), key=os.path.islink)
+    roots = sorted((os.path.join(folder, name) for name in classes), key=os.path.islink)  # noqa: PTH118
     found = []
-    for root in roots:  # grows by the links on the way
-        label = classes.index(root.relative_to(folder).parts[0])
-        for parent, folders, files in os.walk(root, onerror=refuse):
-            real = os.path.realpath(parent)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            below = [Path(parent, name) for name in folders]
-            roots += filter(os.path.islink, below)  # Path.is_symlink raises for a path that is too long
-            shown = (name for name in files if not name.startswith("."))  # and not `._cat.png`, which macOS adds
-            found += [(path, label) for path in (*below, *(Path(parent, name) for name in shown))]
+    for root, folders, files in walk(roots, refuse, {os.path.realpath(folder)}):
+        label = classes.index(Path(root).relative_to(folder).parts[0])
+        found += [(Path(path), label) for path in (*folders, *files)]
     return sorted(found, key=lambda one: (one[1], one[0]))
 
 

@@ -19,11 +19,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
-from app.cli_classify import SUFFIXES
 from app.images import DecodeLimits, ResizeRule, decode_image
 from tests.app.test_images import bmp, png
 from tests.training.conftest import CIFAR10
-from training.data import IMAGE_SUFFIXES, ImageSet, load_images, split_validation
+from training.data import ImageSet, load_images, split_validation
 from training.errors import DataError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -153,10 +152,6 @@ def test_a_folder_that_cannot_be_looked_into(folder_of: FolderOf, monkeypatch: p
         os.chdir("d" * 200)
     with pytest.raises(DataError, match=r"/cat/d.* cannot be looked into: File name too long"):
         load_images(folder, "train", 32)
-
-
-def test_the_same_files_are_images_for_training_and_for_the_command_line() -> None:
-    assert IMAGE_SUFFIXES == SUFFIXES
 
 
 def test_what_is_not_read_is_counted(folder_of: FolderOf, capsys: pytest.CaptureFixture[str]) -> None:
