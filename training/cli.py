@@ -300,6 +300,10 @@ def main() -> None:
         if leads():
             typer.echo(str(stopped), err=True)
         raise SystemExit(128 + (stopped.signal_number or signal.SIGTERM)) from stopped
+    except ModuleNotFoundError as error:
+        install = "in a clone: pip install -c constraints.txt '.[train]'"
+        typer.secho(f"error: {error.name} is missing; {install}", fg="red", err=True)
+        raise SystemExit(1) from error
     except (TrainingError, CheckpointError, ExportError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,8 @@ from app.memory import return_free_pages
 # onnxruntime reports its use to its maker by default; it reads this when it is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
+
+logger = logging.getLogger(__name__)
 
 Provider = Literal["cpu", "cuda", "openvino"]
 Precision = Literal["f32", "bf16"]
@@ -187,15 +191,27 @@ def _open(
         return "openvino", _create(model, "openvino", precision, runs=cores)
     if wanted == "cpu" or _PROVIDER_NAMES["cuda"] not in installed:
         return "cpu", _create(model, "cpu")
+    try:
+        return "cuda", _create_on_gpu(model)
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        if wanted == "cuda":
+            raise StartupError(f"CONVMIXER_PROVIDER=cuda, but CUDA cannot be used: {error}") from error
+        logger.warning("CUDA cannot be used, the CPU computes: %s", error)
+        return "cpu", _create(model, "cpu")
+
+
+def _create_on_gpu(model: VerifiedBytes) -> onnxruntime.InferenceSession:
+    """As `_create`, and sees that it computes: cuDNN is loaded, and memory taken, by the first run."""
     # CUDA's libraries from PyPI lie where the loader does not look; "" means there, and not where PyTorch has its own
-    onnxruntime.preload_dlls(directory="")
+    with redirect_stdout(sys.stderr):  # where it says what it cannot load; standard output may be a table of answers
+        onnxruntime.preload_dlls(directory="")
     session = _create(model, "cuda")
-    # onnxruntime falls back to the CPU silently when CUDA's libraries or the device are missing
-    if _PROVIDER_NAMES["cuda"] in session.get_providers():
-        return "cuda", session
-    if wanted == "cuda":
-        raise StartupError("CONVMIXER_PROVIDER=cuda, but CUDA could not be started (driver, device or libraries missing)")
-    return "cpu", _create(model, "cpu")
+    # onnxruntime goes on without CUDA, and says so in its log alone, if the provider's library cannot be loaded
+    if _PROVIDER_NAMES["cuda"] not in session.get_providers():
+        raise StartupError("its libraries, or a driver that is new enough for them (CUDA 13: 580), are missing")
+    images = session.get_inputs()[0]
+    session.run(None, {images.name: np.zeros((1, *images.shape[1:]), np.uint8)})
+    return session
 
 
 def _create(
@@ -213,8 +229,9 @@ def _create(
     choices = {}
     if provider == "cuda":
         # batches have many sizes, and cuDNN plans a convolution anew for each other one: the default, a search, would take longer
-        # than what it finds can save (microsoft/onnxruntime issue 23006; not measured: no GPU was there)
-        choices = {"cudnn_conv_algo_search": "HEURISTIC"}
+        # than what it finds can save (microsoft/onnxruntime issue 23006). Without TF32, as answers are said to be float32; and
+        # memory is taken as it is needed, not by powers of two. (Not measured: no GPU was there)
+        choices = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
     elif provider == "openvino":
         # a part of the graph that OpenVINO cannot take would else go to onnxruntime's own kernels, without a word
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -222,9 +239,11 @@ def _create(
         streams = {"NUM_STREAMS": str(runs), "INFERENCE_NUM_THREADS": str(runs * threads), "INFERENCE_PRECISION_HINT": precision}
         choices = {"device_type": "CPU", "load_config": json.dumps({"CPU": streams})}
     try:
-        session = onnxruntime.InferenceSession(model.content, options, providers=[(_PROVIDER_NAMES[provider], choices)])
+        chosen = [(_PROVIDER_NAMES[provider], choices)]
+        # without the fallback, which hides why a provider could not be started
+        session = onnxruntime.InferenceSession(model.content, options, providers=chosen, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        raise StartupError(f"{model.path.name} is no model that onnxruntime can load: {error}") from error
+        raise StartupError(f"{model.path.name} cannot be loaded by onnxruntime: {error}") from error
     session.disable_fallback()  # a failed run would make it one of the CPU's, under the workers and without a word
     return session
 

@@ -187,7 +187,7 @@ def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path)
     stranger.write_bytes(b"not onnx")
     assert "no hash" in refuses_to_start(start(model=stranger))
     digest = hashlib.sha256(b"not onnx").hexdigest()
-    assert "no model that onnxruntime can load" in refuses_to_start(start(model=stranger, model_sha256=digest))
+    assert "cannot be loaded by onnxruntime" in refuses_to_start(start(model=stranger, model_sha256=digest))
 
 
 def test_a_model_that_fails_is_told_image_by_image_and_then_ends_the_process(start, artifact_path, samples, tmp_path):
