@@ -324,3 +324,10 @@ def _summary_writer(output: Path) -> Any:
         return SummaryWriter(os.fspath(output / "tensorboard"))
     except OSError as error:
         raise StorageError(f"{output} cannot be written: {error}") from error
+
+
+if __name__ == "__main__":  # `python -m training.train …`, as many repositories have it, is `convmixer-train train …`
+    from training.cli import main
+
+    sys.argv.insert(1, "train")
+    main()

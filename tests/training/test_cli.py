@@ -83,6 +83,12 @@ def test_python_dash_m_training(repository: Path) -> None:
     assert done.stdout.startswith("cpu: ")
 
 
+def test_python_dash_m_training_train(repository: Path) -> None:
+    command = [sys.executable, "-m", "training.train", "--set", "lr"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "error: --set takes NAME=VALUE, not 'lr'\n")
+
+
 def test_presets_are_listed_with_their_evidence(command_line: CommandLine) -> None:
     outcome = command_line("presets")
     assert outcome.code == 0
