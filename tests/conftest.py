@@ -83,7 +83,8 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
     yield start_server
     for server in started:
         if server.process.poll() is None:
-            server.stop()
+            assert server.stop() == 0
+            assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture(scope="session")

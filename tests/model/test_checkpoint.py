@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -238,3 +239,12 @@ assert last > 0, "nobody came to the end of a save"
 def test_kills_spread_over_the_time_of_two_saves_leave_a_whole_file(path: Path, repository: Path) -> None:
     kills = subprocess.run([sys.executable, "-c", KILLS, str(path)], cwd=repository, capture_output=True, text=True, check=False)
     assert kills.returncode == 0, kills.stderr
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    written = []
+    monkeypatch.setattr(os, "fsync", lambda file: written.append((str(Path(f"/proc/self/fd/{file}").readlink()), path.exists())))
+    save_checkpoint(path, {"x": torch.zeros(1)}, {})
+    assert (f"{path}.tmp", False) in written
+    assert path.exists()

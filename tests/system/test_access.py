@@ -120,6 +120,8 @@ def test_a_page_of_an_allowed_origin_may_send_a_key_and_read_refusals(start, sam
         headers = WEBP | origin | {"Authorization": f"Bearer {key}"}
         response = httpx.post(f"{url}/classify", content=samples[0].data, headers=headers)
         assert (response.status_code, response.headers["Access-Control-Allow-Origin"]) == (status, origin["Origin"])
+        assert {"X-Request-ID", "Retry-After"} <= set(response.headers["Access-Control-Expose-Headers"].split(", "))
+        assert "Access-Control-Allow-Credentials" not in response.headers
     stranger = httpx.options(f"{url}/classify", headers={"Origin": "https://other.example"} | asked)
     assert "Access-Control-Allow-Origin" not in stranger.headers
 

@@ -443,8 +443,16 @@ def test_what_goes_with_every_file(client, path):
     response = client.get(path)
     assert response.status_code == 200
     policy = dict(directive.split(" ", 1) for directive in response.headers["Content-Security-Policy"].split("; "))
-    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
-    assert policy["script-src"] == policy["style-src"] == "'self'"
+    assert {name for name, sources in policy.items() if sources == "'none'"} == {
+        "base-uri",
+        "default-src",
+        "form-action",
+        "frame-ancestors",
+    }
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["img-src"] == "'self' blob: data:"
+    assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert (response.headers["Cache-Control"], response.headers["Vary"]) == ("no-cache", "Accept-Encoding")
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Referrer-Policy"] == "no-referrer"
     assert "Access-Control-Allow-Origin" not in response.headers

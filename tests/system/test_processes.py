@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -273,3 +273,27 @@ def test_the_metrics_port_tells_of_all(start):
             assert time.monotonic() < give_up
         assert parents(text)["convmixer_processes"] == 2
         assert server.stop() == 0
+
+
+def test_processes_whose_parent_was_killed_leave(start):
+    server = start(processes=2, workers=1)
+    pids = both(server.wait_until_ready())
+    server.process.kill()
+    server.process.wait(GIVE_UP_S)
+    server._reader.join(GIVE_UP_S)  # it ends when none of them holds its standard error any more
+    left = server._reader.is_alive()
+    for pid in pids if left else ():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+    assert not left
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_is_a_graceful_end(processes):
+    server = ServerProcess(under=("setsid",), processes=processes, workers="1")
+    server.wait_until_ready()
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.wait() == 0
+    assert "Traceback" not in server.log
+    assert "it is replaced" not in server.log

@@ -461,3 +461,9 @@ def test_a_download_that_cannot_be_stored(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "data").write_text("a file where the folder should be")
     with pytest.raises(DataError, match=r"CIFAR-10 could not be downloaded to data/torchvision: .* Give a folder with --data"):
         load_images(None, "train", 32)
+
+
+def test_the_same_images_are_held_out_as_ever() -> None:
+    """Others would be some that the released models have learnt."""
+    _, held_out = split_validation(load_images(CIFAR10, "train", 32), 0.1)
+    assert held_out.fingerprint() == "5ad341810692d9ccaebf8031c5491308a744b4dc6db62f1b04ac710fcf01d2a6"

@@ -55,6 +55,8 @@ def test_the_pointwise_convolutions_alone_are_in_8_bits(eight_bits: Path) -> Non
     stored = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.dims[2:] == [1, 1]}
     assert list(stored.values()).count(onnx.TensorProto.INT8) == len(pointwise_convolutions(original)) == 8
     assert eight_bits.stat().st_size < 0.5 * RELEASED.stat().st_size
+    weights = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert max(np.abs(w.astype(int)).max() for w in weights) == 64, "of 7 bits: sums of 16 bits overflow without VNNI else"
 
 
 def test_its_heat_maps_sum_up_to_its_answers(eight_bits: Path, repository: Path) -> None:

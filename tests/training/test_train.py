@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from model.architectures import build_network
 from model.checkpoint import SIMILARITY, CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
 from model.convmixer import ConvMixer, count_parameters
 from tests.training.conftest import CIFAR10, QUIET, TINY
@@ -53,6 +55,39 @@ def assert_same_weights(first: Path, second: Path) -> None:
 @pytest.fixture(scope="module")
 def animals(photos: ImageSet) -> ImageSet:
     return few(photos, 3, 6, 7)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_is_the_steps_that_its_settings_say(photos: ImageSet, tmp_path: Path) -> None:
+    """The same by hand, with PyTorch's parts alone: learning rate, smoothing, clipping and weight decay of every step."""
+    config = replace(
+        TINY,
+        batch_size=95,
+        lr=0.02,
+        ema_decay=0.0,
+        label_smoothing=0.2,
+        clip_norm=0.3,
+        weight_decay=0.5,
+        augment=AugmentConfig(crop_scale=1.0, flip=0.0),
+    )
+    found = network_weights(load_checkpoint(train(config, photos, tmp_path, QUIET)))
+
+    training, _ = split_validation(photos, config.val_fraction)
+    torch.manual_seed(config.seed)
+    net = build_network(config.model).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), eps=config.adam_eps, weight_decay=0.5)
+    for epoch in range(2):
+        order = torch.randperm(190, generator=torch.Generator().manual_seed(config.seed * 1_000_000_007 + epoch))
+        for half in range(2):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, 2 * epoch + half, 4)
+            batch = order[95 * half : 95 * half + 95]
+            pictures = preprocessing(config)(training.images[batch]).contiguous(memory_format=torch.channels_last)
+            F.cross_entropy(net.train()(pictures), training.labels[batch], label_smoothing=0.2).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4)
 
 
 # Schedules

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError, wait
@@ -671,3 +672,31 @@ def test_joining_an_image_needs_no_room_in_the_queue(session, make, samples):
         scheduler.submit([samples[2].data])
     session.gate.set()
     assert joined.result(TIMEOUT_S)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_is_told(session, make, samples, monkeypatch):
+    scheduler = make()
+    monkeypatch.setattr(session, "infer", lambda *_, **__: sys.exit())
+    scheduler.submit([samples[0].data])
+    give_up = time.monotonic() + TIMEOUT_S
+    while "worker engine-0 died" not in (scheduler.failure() or ""):
+        assert time.monotonic() < give_up
+
+
+def test_what_fails_beside_the_model_fails_its_batch_alone(session, make, samples, monkeypatch):
+    scheduler = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler.service_time, "observe", lambda _: 1 / 0)
+        (future,) = scheduler.submit([samples[0].data])
+        assert isinstance(future.exception(TIMEOUT_S), InferenceFailed)
+    assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S).logits is not None
+
+
+def test_who_is_refused_is_told_how_long_the_queue_is(session, make, samples):
+    scheduler = make(image_s=2.0)
+    hold(session, scheduler, samples[0].data)
+    scheduler.submit([samples[1].data] * 50)
+    with pytest.raises(Overloaded) as refusal:
+        scheduler.submit([samples[2].data], timeout_s=1)
+    assert refusal.value.retry_after_s >= 100
