@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import certifi
 import httpx
 import pytest
 
@@ -33,6 +34,15 @@ def own_settings() -> None:
     for name in list(os.environ):
         if name.startswith(("CONVMIXER_", "OTEL_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_certificates(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every client of httpx reads all that there are, in 40 ms; the tests make hundreds, and none needs more than one."""
+    first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    path = tmp_path_factory.mktemp("certificates") / "one.pem"
+    path.write_text(first + end)
+    os.environ["SSL_CERT_FILE"] = str(path)
 
 
 @pytest.fixture(scope="session", autouse=True)
