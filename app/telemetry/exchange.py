@@ -22,9 +22,9 @@ class Exchange:
         headers: the request's, names in lower case.
         request_id: the client's or our own.
         begin: time.monotonic() at which the headers were complete.
-        received_bytes: of the request's body, so far.
         status: of the answer.
         sent_bytes: of the answer's body.
+        received_bytes: of the request's body, so far.
         seconds: from `begin` until the answer was ready.
         route: the pattern that the path fits, or None.
         code: of the failure, if it was one.
@@ -39,9 +39,9 @@ class Exchange:
     headers: Sequence[tuple[bytes, bytes]]
     request_id: str
     begin: float
-    received_bytes: int = 0
     status: int = 0
     sent_bytes: int = 0
+    received_bytes: int = 0
     seconds: float = 0.0
     route: str | None = None
     code: str | None = None
