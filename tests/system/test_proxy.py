@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import tritonclient.http as triton
+import uvicorn
 from tritonclient.utils import InferenceServerException
 
 from app.client import Client
@@ -35,7 +36,9 @@ def default(name: str) -> float:
 
 
 def test_its_limits_are_the_services():
-    assert int(re.search(r"timeout http-request (\d+)s", TEXT)[1]) == default("receive_timeout_s")
+    assert int(re.search(r"timeout http-request (\d+)s", TEXT)[1]) < default("receive_timeout_s")
+    assert int(re.search(r"wait-for-body time (\d+)s", TEXT)[1]) == default("receive_timeout_s")
+    assert int(re.search(r"timeout http-keep-alive (\d+)s", TEXT)[1]) == uvicorn.Config("app").timeout_keep_alive
     assert int(re.search(r"default-server .* maxconn (\d+)", TEXT)[1]) < default("max_connections")
     assert int(re.search(r":\$\{REPLICA_PORT-(\d+)\}", TEXT)[1]) == default("port")
 

@@ -40,7 +40,7 @@ def test_paper_is_the_papers_network() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, cpu-accurate-3, cpu-teacher, small, ",
+        match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, cpu-accurate-3, cpu-teacher, .*, small, ",
     ):
         get_preset("tiny")
 
@@ -93,7 +93,9 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
     with pytest.raises(ConfigError, match="unknown architecture 'swin'; known: convmixer, mlp-mixer, resnet, vit"):
         config.override({"model.architecture": "swin"})
     for name, value in (("start_size", "16"), ("image_size", "64")):
-        with pytest.raises(ConfigError, match=r"model\.image_size must be image_size, the other sizes 0"):
+        with pytest.raises(
+            ConfigError, match=r"takes one size of images: set start_size, .* and model\.image_size to image_size"
+        ):
             config.override({name: value})
 
 
