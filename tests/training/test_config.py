@@ -40,7 +40,7 @@ def test_paper_is_the_papers_network() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, cpu-accurate-3, cpu-teacher, .*, small, ",
+        match=r"unknown preset 'tiny'; known: cpu, cpu-2, .*, cpu-accurate, cpu-accurate-2, .*, cpu-teacher, .*, small, ",
     ):
         get_preset("tiny")
 
@@ -94,7 +94,7 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
         config.override({"model.architecture": "swin"})
     for name, value in (("start_size", "16"), ("image_size", "64")):
         with pytest.raises(
-            ConfigError, match=r"takes one size of images: set start_size, .* and model\.image_size to image_size"
+            ConfigError, match=r"takes one size of images: set start_size, .*model\.image_size to image_size"
         ):
             config.override({name: value})
 
