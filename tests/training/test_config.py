@@ -93,9 +93,7 @@ def test_another_architecture_keeps_what_the_networks_have_in_common() -> None:
     with pytest.raises(ConfigError, match="unknown architecture 'swin'; known: convmixer, mlp-mixer, resnet, vit"):
         config.override({"model.architecture": "swin"})
     for name, value in (("start_size", "16"), ("image_size", "64")):
-        with pytest.raises(
-            ConfigError, match=r"takes one size of images: set start_size, .*model\.image_size to image_size"
-        ):
+        with pytest.raises(ConfigError, match=r"takes one size of images: set start_size, .*model\.image_size to image_size"):
             config.override({name: value})
 
 
