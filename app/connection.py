@@ -11,7 +11,7 @@ One image as the raw body of `POST /classify` does not go through ASGI: `app.raw
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
 import select
 import socket
 import struct
@@ -35,6 +35,8 @@ from app.wire import DefaultHeaders, compose
 if TYPE_CHECKING:
     from app.service import Service
 
+logger = logging.getLogger(__name__)
+
 PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"}
 PROBE_CONNECTIONS = 16
 """Beyond `CONVMIXER_MAX_CONNECTIONS`, for nothing but these: overload is no reason to be restarted."""
@@ -43,7 +45,10 @@ _STUCK_S = 2.0
 """A client that has not read its answer for so long makes room for another."""
 
 _SLOW_UPLOAD_S = 2.0
-"""An upload that takes longer makes room for others when all that may be held (`CONVMIXER_MAX_HELD_BYTES`) is."""
+_STEADY = 1 / 30
+"""An upload that has not grown by this part of itself in so long makes room for others when all that may be held is
+(`CONVMIXER_MAX_HELD_BYTES`). One that would arrive within `CONVMIXER_RECEIVE_TIMEOUT_S` grows by twice as much; by age those
+would be ended first that are nearly complete."""
 
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
@@ -99,6 +104,8 @@ class Protocol(HttpToolsProtocol):
         self._header_bytes = 0  # of headers, trailers and chunk extensions that are not complete
         self._body_came = False
         self._parsed_bytes = 0
+        self._body_bytes = self._grown_to = 0  # of the request that is arriving: so far, and when it last had grown enough
+        self._grew_at = self.active
         self._deaf = False
         self._close_at: float | None = None  # our side is closed, the client's not yet
         self._stuck_since: float | None = None
@@ -156,30 +163,37 @@ class Protocol(HttpToolsProtocol):
         Returns:
             Whether they do; some are given back only when their routes have ended.
         """
-        begun_before = time.monotonic() - _SLOW_UPLOAD_S
-        slow = [one for one in cls.idle if one._upload_begin < begun_before]
-        slow.sort(key=lambda one: one._uploaded, reverse=True)
-        if sum(one._uploaded for one in slow) < count:
+        steady_since = time.monotonic() - _SLOW_UPLOAD_S
+        slow = [(upload.received_bytes, one, upload) for one in cls.idle if (upload := one._slow_upload(steady_since))]
+        ended = []
+        for held, one, upload in sorted(slow, key=lambda found: -found[0]):
+            if count > 0 and not _happened(one.transport, select.POLLIN):  # else it has sent more, and nobody has looked yet
+                count -= held
+                ended.append((one, upload))
+        if count > 0:
             return False
-        for one in slow:
-            count -= one._uploaded
-            one._refuse(one.service.bodies.full())
-            if count <= 0:
-                break
+        for one, upload in ended:
+            one._end_upload(upload)
         return True
 
-    @property
-    def _upload_begin(self) -> float:
-        """time.monotonic() of the first byte of the request that is arriving; infinity while none is."""
-        return math.inf if self._between or self.receive_by is None else self.receive_by - self.settings.receive_timeout_s
+    def _slow_upload(self, steady_since: float) -> raw_image.RawImageRequest | Exchange | None:
+        """The request that is arriving, if there is one that holds anything and has hardly grown since."""
+        arriving = self.receive_by is not None and not self._in_headers and self._grew_at < steady_since
+        if not arriving or self.cycle is None or self.cycle.response_complete:
+            return None
+        upload: raw_image.RawImageRequest | Exchange | None = self._raw or self.cycle.scope["state"].get("exchange")
+        return upload if upload and upload.received_bytes else None
 
-    @property
-    def _uploaded(self) -> int:
-        """Bytes that are held of the request that is arriving."""
-        if self.cycle is None or self.cycle.response_complete or self._in_headers:
-            return 0
-        upload = self._raw or self.cycle.scope["state"].get("exchange")
-        return upload.received_bytes if upload else 0
+    def _end_upload(self, upload: raw_image.RawImageRequest | Exchange) -> None:
+        bodies = self.service.bodies
+        try:
+            self._refuse(bodies.full())
+        except Exception:  # of telling it: who needs the room has no part in that
+            logger.exception("an upload could not be refused; its connection is closed")
+            self.transport.abort()
+        if isinstance(upload, Exchange):  # its route ends a moment later, and would give them back then
+            bodies.give_back(upload.received_bytes)
+            upload.received_bytes = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
@@ -233,7 +247,8 @@ class Protocol(HttpToolsProtocol):
             self.receive_by = self.active + self.settings.receive_timeout_s
         self._between = False
         self._in_headers = True
-        self._parsed_bytes = 0
+        self._parsed_bytes = self._body_bytes = self._grown_to = 0
+        self._grew_at = self.active
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or one trailer, which nobody wants (RFC 9110, 6.5.1: it must not become a header)."""
@@ -289,6 +304,9 @@ class Protocol(HttpToolsProtocol):
         self._body_came, self._header_bytes = True, 0
         if self._deaf:
             return
+        self._body_bytes += len(body)
+        if self._body_bytes - self._grown_to > _STEADY * self._body_bytes:
+            self._grown_to, self._grew_at = self._body_bytes, self.active
         if self._raw:
             self._raw.receive(body)
         elif self.cycle is not None:
@@ -318,6 +336,7 @@ class Protocol(HttpToolsProtocol):
                 return
         if not self._between and self.receive_by is None:  # what has begun behind others has its time from now on
             self.receive_by = self.active + self.settings.receive_timeout_s
+            self._grew_at = self.active
         self.idle.pop(self, None)
         self.idle[self] = None
 

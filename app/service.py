@@ -44,7 +44,8 @@ class Service:
         drain_by: time.monotonic() at which what is in work must be done; None until the server has begun to wait for it.
         watchers: told of answers: the access log, the traces.
         long_json: held by the request whose long JSON is read: parsers do not run beside one another anyway (they need the
-            interpreter's lock), and what they build is several times what was sent.
+            interpreter's lock), and what they build is several times what was sent. (Ray Serve may cancel one that is read; that
+            thread goes on beside the next.)
 
     Raises:
         StartupError: the artifact, the provider or a setting is wrong.

@@ -91,10 +91,10 @@ def start() -> Iterator[Callable[..., ServerProcess]]:
         return started[-1]
 
     yield start_server
-    for server in started:
-        if server.process.poll() is None:
-            assert server.stop() == 0
-            assert "Traceback" not in server.log, server.log
+    codes = {server: server.stop() for server in started if server.process.poll() is None}
+    for server, code in codes.items():
+        assert code == 0
+        assert "Traceback" not in server.log, server.log
 
 
 @pytest.fixture(scope="session")

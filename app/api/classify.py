@@ -44,9 +44,10 @@ _SHOWN = 100
 """Characters of a client's own key that an error repeats."""
 
 _CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
-_MOST_TEXT = 1024
+_PADDED = re.compile(rb"\r\n[^:\r\n]*:  ")
 _LONGEST_PART_HEAD = 64 * 1024
 """The parser gives up before: at eight headers of 4 KiB."""
+_MOST_TEXT = 1024
 """Bytes of a part that is no file, which is none that is read here."""
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
@@ -249,7 +250,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
             raise _too_many(max_images)
         if line + b" " in body or line + b"\t" in body:
             raise MalformedRequest("a boundary of the form is padded; send it without spaces behind it")
-        if any(b":  " in head for head in _part_heads(body, line)):
+        if any(_PADDED.search(head) for head in _part_heads(body, line)):
             raise MalformedRequest("a header in the form is padded; send it with one space behind its colon")
 
     async def whole() -> AsyncGenerator[bytes, None]:
@@ -275,7 +276,7 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
 
 def _part_heads(body: bytes, line: bytes) -> Iterator[bytes]:
     """The headers of each part, or as much of them as the parser would read."""
-    begin = 0  # the first boundary has no line before it
+    begin = body.find(line.lstrip())  # the first may have no line before it
     while begin >= 0:
         end = body.find(b"\r\n\r\n", begin, begin + _LONGEST_PART_HEAD)
         yield body[begin : end if end >= 0 else begin + _LONGEST_PART_HEAD]

@@ -16,7 +16,7 @@ _INFLATED_AT_ONCE = 1024 * 1024
 _MOST_INFLATED = 200
 """Times, as Apache's DeflateInflateRatioLimit: else a few kilobytes would take the room of everybody's bodies."""
 _SURELY_INFLATED = 4 * 1024 * 1024
-"""Bytes that may come of any body: tests and benchmarks send zeros."""
+"""Bytes that may come of any body, at least."""
 _WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """zlib's names for the formats (RFC 1952, RFC 1950)."""
 
@@ -28,7 +28,7 @@ _MIN_COMPRESSED = 1024
 """Shorter answers fit into one packet anyway."""
 
 
-async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int], None]) -> bytes:
+async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int], None], surely: int) -> bytes:
     """Decompresses piece by piece, beside the event loop: a bomb ends at the limit.
 
     Args:
@@ -36,6 +36,7 @@ async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int
         encoding: its Content-Encoding.
         limit: most bytes of the result.
         take: counts the result's bytes as those of bodies are.
+        surely: so many may come of any body, however well it was compressed.
 
     Raises:
         BodyTooLarge: over the limit, or far longer than what was sent.
@@ -63,7 +64,7 @@ async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int
             raise BodyTooLarge(
                 f"the body has more than {limit:,} bytes when decompressed (CONVMIXER_MAX_BODY_BYTES); send fewer images"
             )
-        if len(result) > max(_SURELY_INFLATED, _MOST_INFLATED * (len(body) - len(rest))):
+        if len(result) > max(surely, _SURELY_INFLATED, _MOST_INFLATED * (len(body) - len(rest))):
             raise BodyTooLarge(
                 f"the body becomes more than {_MOST_INFLATED} times as long when decompressed; send it with less compression"
             )

@@ -194,10 +194,11 @@ def _open(
     try:
         return "cuda", _create_on_gpu(model)
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        on_cpu = _create(model, "cpu")  # if it is the model's fault, this says so
         if wanted == "cuda":
             raise StartupError(f"CONVMIXER_PROVIDER=cuda, but CUDA cannot be used: {error}") from error
         logger.warning("CUDA cannot be used, the CPU computes: %s", error)
-        return "cpu", _create(model, "cpu")
+        return "cpu", on_cpu
 
 
 def _create_on_gpu(model: VerifiedBytes) -> onnxruntime.InferenceSession:

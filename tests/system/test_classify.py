@@ -259,7 +259,8 @@ def test_a_form_is_not_parsed_where_that_could_take_long(client, samples):
         (part + b"\r\n--y--\r\n", "punycode", "UTF-8"),
         (part + b"\r\n--y " + b" " * 1000 + b"\r\n", "utf-8", "padded"),
         (part + b"\r\n--y\r\nX:" + b" " * 1000 + b"x\r\n\r\n\r\n--y--\r\n", "utf-8", "padded"),
-        (part + b":  \r\n--y--\r\n", "utf-8", None),  # in a picture it is none
+        (part + b":  \r\n--y--\r\n", "utf-8", None),  # in a picture it is none, nor in a name
+        (part.replace(b'"a"', b'"10:  30"') + b"\r\n--y--\r\n", "utf-8", None),
         (part + b"\r\n--y--\r\n", "latin-1", None),
     ):
         headers = {"Content-Type": f"multipart/form-data; boundary=y; charset={charset}"}

@@ -26,7 +26,7 @@ from PIL import Image
 
 from tests.server import ServerProcess, free_port
 
-GIVE_UP_S = 60
+GIVE_UP_S = 120
 
 
 @pytest.fixture(scope="module")
@@ -292,8 +292,12 @@ def test_processes_whose_parent_was_killed_leave(start):
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_is_a_graceful_end(processes):
     server = ServerProcess(under=("setsid",), processes=processes, workers="1")
-    server.wait_until_ready()
-    os.killpg(server.process.pid, signal.SIGINT)
-    assert server.wait() == 0
+    try:
+        server.wait_until_ready()
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
     assert "Traceback" not in server.log
     assert "it is replaced" not in server.log

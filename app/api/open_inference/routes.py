@@ -41,7 +41,7 @@ from app.api.open_inference.schemas import (
     StatisticsAnswer,
 )
 from app.api.problems import problem_response
-from app.deadline import deadline_ms
+from app.deadline import deadline_ms, time_left_s
 from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
 from app.engine.statistics import Duration
@@ -95,7 +95,8 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     with service.bodies.loan() as take:
         if encoding != "identity":
-            body = await decompress(body, encoding, settings.max_body_bytes, take)
+            zeros = 2 * settings.max_images * metadata.input_size**2 * 3  # as JSON; what benchmarks send
+            body = await decompress(body, encoding, settings.max_body_bytes, take, zeros)
         header_length = _header_length(request.headers, len(body))
         parse = functools.partial(tensors.parse_call, side=metadata.input_size, max_images=settings.max_images)
         json_bytes = len(body) if header_length is None else header_length
@@ -103,6 +104,7 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
             call = parse(body, header_length)
         else:
             async with service.long_json:
+                time_left_s(settings.max_deadline_ms / 1000, exchange.begin)  # waiting may have taken long
                 call = await run_in_threadpool(parse, body, header_length)
         default_s = deadline_ms(asked_ms, settings) / 1000
         deadline_s = min(call.timeout_s, settings.max_deadline_ms / 1000) if call.timeout_s else default_s

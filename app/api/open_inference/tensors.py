@@ -39,9 +39,6 @@ from app.verdict import softmax
 PIXELS, ENCODED = "images", "encoded_images"
 LOGITS, PROBABILITIES, CLASS_MAPS = "logits", "probabilities", "class_maps"
 
-_LISTS_PER_VALUE = 0.35
-"""Of nested JSON, by value of a tensor [N, S, S, 3] with S of 32 or more: a third, a thirty-second of that, …"""
-
 _MOST_OBJECTS = 100
 """In a request's JSON; with every output and parameter there are about ten."""
 
@@ -97,7 +94,7 @@ def parse_call(body: bytes, header_length: int | None, *, side: int, max_images:
         request = InferenceRequest(inputs=[pixels], parameters=RequestParameters(binary_data_output=True))
         binary = memoryview(body)
     else:
-        request = _parse_json(body if header_length is None else body[:header_length], max_images * side * side * 3)
+        request = _parse_json(body if header_length is None else body[:header_length], side, max_images)
         binary = memoryview(body)[len(body) if header_length is None else header_length :]
     _check_outputs(request.outputs)
     if len(request.inputs) != 1:
@@ -153,11 +150,12 @@ def build_answer(call: InferenceCall, outcomes: Sequence[Outcome], metadata: Art
     return (b"".join([header, *binary]), len(header)) if binary else (header, None)
 
 
-def _parse_json(text: bytes, max_values: int) -> InferenceRequest:
+def _parse_json(text: bytes, side: int, max_images: int) -> InferenceRequest:
+    max_values, max_lists = max_images * side * side * 3, max_images * (1 + side + side * side)
     # an empty list weighs 56 bytes and is two on the wire, an object 184 and five, so what would be built is bounded before it is
     if text.count(b"{") > _MOST_OBJECTS:
         raise MalformedRequest(f"no valid inference request: it has more than {_MOST_OBJECTS} objects")
-    if text.count(b",") > max_values + _OTHER_MARKS or text.count(b"[") > _LISTS_PER_VALUE * max_values + _OTHER_MARKS:
+    if text.count(b",") > max_values + _OTHER_MARKS or text.count(b"[") > max_lists + _OTHER_MARKS:
         raise TooManyImages(
             f"the JSON holds more than {max_values:,} values, the pixels of as many images as one request may have "
             "(CONVMIXER_MAX_IMAGES); send several requests"
