@@ -182,7 +182,8 @@ def hanging_model(folder: Path, artifact: Path) -> Path:
 def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, samples, artifact_path, tmp_path, way):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
-    server = start(processes=2, workers=1, model=hanging_model(tmp_path, artifact_path))
+    # one image a batch: beside another, which is not white, it would be no reason to hang
+    server = start(processes=2, workers=1, max_batch=1, model=hanging_model(tmp_path, artifact_path))
     url = server.wait_until_ready()
     expected = classify(url, samples[0].data)
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=GIVE_UP_S) as client:
