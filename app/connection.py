@@ -28,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from app import head, raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
+from app.growth import Growth
 from app.protection import OUT_OF_TIME, choose_request_id
 from app.telemetry.exchange import Exchange, server_timing
 from app.wire import DefaultHeaders, compose
@@ -43,12 +44,6 @@ PROBE_CONNECTIONS = 16
 
 _STUCK_S = 2.0
 """A client that has not read its answer for so long makes room for another."""
-
-_SLOW_UPLOAD_S = 2.0
-_STEADY = 1 / 30
-"""An upload that has not grown by this part of itself in so long makes room for others when all that may be held is
-(`CONVMIXER_MAX_HELD_BYTES`). One that would arrive within `CONVMIXER_RECEIVE_TIMEOUT_S` grows by twice as much; by age those
-would be ended first that are nearly complete."""
 
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
@@ -104,8 +99,7 @@ class Protocol(HttpToolsProtocol):
         self._header_bytes = 0  # of headers, trailers and chunk extensions that are not complete
         self._body_came = False
         self._parsed_bytes = 0
-        self._body_bytes = self._grown_to = 0  # of the request that is arriving: so far, and when it last had grown enough
-        self._grew_at = self.active
+        self._growth = Growth(self.settings.receive_timeout_s)
         self._deaf = False
         self._close_at: float | None = None  # our side is closed, the client's not yet
         self._stuck_since: float | None = None
@@ -155,16 +149,16 @@ class Protocol(HttpToolsProtocol):
 
     @classmethod
     def end_slow_uploads(cls, count: int) -> bool:
-        """Ends uploads that take long, the largest first, or none if all of them hold too little.
+        """Ends uploads that have stopped or crawl, the largest first, or none if all of those hold too little.
 
         Args:
             count: bytes that they must hold together.
 
         Returns:
-            Whether they do; some are given back only when their routes have ended.
+            Whether they do; all of it is given back.
         """
-        steady_since = time.monotonic() - _SLOW_UPLOAD_S
-        slow = [(upload.received_bytes, one, upload) for one in cls.idle if (upload := one._slow_upload(steady_since))]
+        now = time.monotonic()
+        slow = [(upload.received_bytes, one, upload) for one in cls.idle if (upload := one._slow_upload(now))]
         ended = []
         for held, one, upload in sorted(slow, key=lambda found: -found[0]):
             if count > 0 and not _happened(one.transport, select.POLLIN):  # else it has sent more, and nobody has looked yet
@@ -176,9 +170,9 @@ class Protocol(HttpToolsProtocol):
             one._end_upload(upload)
         return True
 
-    def _slow_upload(self, steady_since: float) -> raw_image.RawImageRequest | Exchange | None:
-        """The request that is arriving, if there is one that holds anything and has hardly grown since."""
-        arriving = self.receive_by is not None and not self._in_headers and self._grew_at < steady_since
+    def _slow_upload(self, now: float) -> raw_image.RawImageRequest | Exchange | None:
+        """The request that is arriving, if there is one that holds anything and hardly grows."""
+        arriving = self.receive_by is not None and not self._in_headers and self._growth.has_stalled(now)
         if not arriving or self.cycle is None or self.cycle.response_complete:
             return None
         upload: raw_image.RawImageRequest | Exchange | None = self._raw or self.cycle.scope["state"].get("exchange")
@@ -247,8 +241,8 @@ class Protocol(HttpToolsProtocol):
             self.receive_by = self.active + self.settings.receive_timeout_s
         self._between = False
         self._in_headers = True
-        self._parsed_bytes = self._body_bytes = self._grown_to = 0
-        self._grew_at = self.active
+        self._parsed_bytes = 0
+        self._growth.begin(self.active)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or one trailer, which nobody wants (RFC 9110, 6.5.1: it must not become a header)."""
@@ -304,9 +298,7 @@ class Protocol(HttpToolsProtocol):
         self._body_came, self._header_bytes = True, 0
         if self._deaf:
             return
-        self._body_bytes += len(body)
-        if self._body_bytes - self._grown_to > _STEADY * self._body_bytes:
-            self._grown_to, self._grew_at = self._body_bytes, self.active
+        self._growth.add(len(body), self.active)
         if self._raw:
             self._raw.receive(body)
         elif self.cycle is not None:
@@ -336,7 +328,7 @@ class Protocol(HttpToolsProtocol):
                 return
         if not self._between and self.receive_by is None:  # what has begun behind others has its time from now on
             self.receive_by = self.active + self.settings.receive_timeout_s
-            self._grew_at = self.active
+            self._growth.begin(self.active)
         self.idle.pop(self, None)
         self.idle[self] = None
 
