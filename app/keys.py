@@ -11,7 +11,7 @@ class ApiKeys:
     """Tells whether a request may be answered.
 
     Args:
-        keys: any of them opens; none at all: everybody may ask.
+        keys: any of them grants access; without any, access is open.
     """
 
     def __init__(self, keys: list[str]) -> None:

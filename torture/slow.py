@@ -94,7 +94,7 @@ def slow_clients(seconds: int) -> list[Finding]:
             share = 1 - watch.failed / len(watch.latencies)
             findings += [
                 Finding(
-                    f"Slow {mode} starve nobody",
+                    f"Slow {mode}: nobody starves",
                     f"{CONNECTIONS} connections for {seconds} s (at most {watch.most_open} open at once): {share:.2%} of "
                     f"{len(watch.latencies)} requests answered, p99 {watch.p99_ms:.0f} ms ({usual.p99_ms:.0f} without the "
                     f"attack); the last cut off after {watch.crowded_s:.0f} s (its deadline: {LAST_CUT_S:.0f})",

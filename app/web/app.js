@@ -237,7 +237,7 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const typed = $("key").value.trim();
   if (!isKey(typed)) {
-    $("key-reason").textContent = "This has letters that no key has, perhaps invisible ones: copy it again.";
+    $("key-reason").textContent = "This has characters, perhaps invisible ones, that no key has: copy it again.";
     return;
   }
   key.set(typed);

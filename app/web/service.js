@@ -5,7 +5,7 @@ const LONGEST_WAIT_S = 30;
 const DEADLINE_MS = 30_000; // with the upload, and a phone's photos take their time; as long as the service waits for a body
 const PAUSES_S = [1, 2, 4]; // while nobody answers: a restart, or a network that was lost for a moment
 const KEY = "convmixer-key";
-const UNREACHABLE = "The service could not be reached, or it hung up: a file over its size limit does that too.";
+const UNREACHABLE = "No connection, or the service closed it: a file over its size limit may be the cause.";
 
 /** What the service, or the way to it, answered instead of a prediction; the message is for people. */
 export class Failure extends Error {
@@ -129,7 +129,7 @@ function predictionIn(text) {
   } catch {
     // no JSON, or null
   }
-  throw new Failure("What answered is not this service, perhaps a page to log in at: reload this one.", { status: 200, code: "" });
+  throw new Failure("The answer is not from this service, perhaps from a login page: reload this page.", { status: 200, code: "" });
 }
 
 // RFC 9457, unless it is a proxy's.
