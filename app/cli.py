@@ -1,4 +1,7 @@
-"""The `convmixer` command. Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+"""The `convmixer` command.
+
+Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted, 143 terminated; those of `serve` are `app.exit_codes`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -21,6 +24,7 @@ from pydantic import BaseModel
 
 from app import __version__
 from app.errors import StartupError
+from app.exit_codes import ExitCode
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,7 +124,7 @@ def _supervise(settings: Settings) -> int:
         return Supervisor(settings, command_line(), environment()).run()
     except StartupError as error:
         logging.getLogger(__name__).critical("the service does not start: %s", error)
-        return 1
+        return ExitCode.STARTUP_FAILURE
 
 
 @app.command()
@@ -149,25 +153,22 @@ def classify(
 
     Images that cannot be read are reported on standard error, and in their row; the others are classified.
     """
-    from app.cli_classify import STDIN, classify_here, classify_there, expand, find_images, open_writer, read_list
+    from app.cli_classify import classify_here, classify_there
+    from app.cli_images import expand, find_images, read_list
     from app.cli_interrupt import Interruption
-    from app.paths import printable
-    from app.telemetry.logs import visible
+    from app.cli_writers import open_writer
+    from app.text import printable, visible
 
     patterns = paths or []
     to_terminal = not (parquet or output) and _is_terminal(sys.stdout)
     format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
     watched = _is_terminal(sys.stderr)
-    _require(bool(patterns) != bool(files_from), "give PATHS or --files-from, one of them")
     _require(as_json + as_csv + bool(parquet) <= 1, "--json, --csv and --parquet exclude one another")
     _require(not (parquet and output), "--parquet names its own file; leave --output out")
     _require(not (url and model), "--model is for this machine; the server at --url has its own")
     _require(bool(url) or not api_key_file, "--api-key-file is for --url")
     _require(bool(url) or not (concurrency or deadline_s), "--concurrency and --deadline-s are for --url")
-    _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
-    # not Path's, which raise where one may not look
-    _require(files_from in {None, STDIN} or os.path.exists(files_from or ""), f"--files-from: {files_from} does not exist")  # noqa: PTH110
-    _require(not files_from or not os.path.isdir(files_from), f"--files-from: {files_from} is a folder; give it as PATHS")  # noqa: PTH112
+    _require_paths(patterns, files_from)
     roots = expand(patterns)
     _require_another_file(parquet or output, [*roots, *filter(None, [files_from])])
     if parquet:
@@ -239,23 +240,21 @@ def bench(
 @app.command()
 def info(model: ModelOption = None) -> None:
     """Show what a model says of itself, how this machine would run it, and the versions of what runs it, as JSON."""
-    service = _open_service(model)
-    scheduler = service.scheduler
-    engine = {
-        "provider": service.session.provider,
-        "workers": scheduler.workers,
-        "max_batch": scheduler.max_batch,
-        "images_per_second": {count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
-    }
     import numpy
     import onnxruntime
     import PIL
 
-    versions = {"convmixer-serve": __version__, "python": platform.python_version()}
-    versions |= {module.__name__: module.__version__ for module in (onnxruntime, numpy, PIL)}
-    card = {"sha256": service.sha256, **service.metadata.model_dump(mode="json"), "engine": engine, "versions": versions}
-    typer.echo(json.dumps(card, indent=2))
-    service.close()
+    with closing(_open_service(model)) as service:
+        engine = {
+            "provider": service.session.provider,
+            "workers": service.scheduler.workers,
+            "max_batch": service.scheduler.max_batch,
+            "images_per_second": {count: round(rate, 1) for count, rate in service.calibration.images_s.items()},
+        }
+        versions = {"convmixer-serve": __version__, "python": platform.python_version()}
+        versions |= {module.__name__: module.__version__ for module in (onnxruntime, numpy, PIL)}
+        card = {"sha256": service.sha256, **service.metadata.model_dump(mode="json"), "engine": engine, "versions": versions}
+        typer.echo(json.dumps(card, indent=2))
 
 
 def main() -> None:
@@ -289,6 +288,16 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def _require(fits: bool, message: str) -> None:
     if not fits:
         raise typer.BadParameter(message)
+
+
+def _require_paths(patterns: list[str], files_from: str | None) -> None:
+    from app.cli_images import STDIN
+
+    _require(bool(patterns) != bool(files_from), "give PATHS or --files-from, one of them")
+    _require(patterns.count(STDIN) <= 1, "standard input holds one image; give `-` once")
+    # not Path's, which raise where one may not look
+    _require(files_from in {None, STDIN} or os.path.exists(files_from or ""), f"--files-from: {files_from} does not exist")  # noqa: PTH110
+    _require(not files_from or not os.path.isdir(files_from), f"--files-from: {files_from} is a folder; give it as PATHS")  # noqa: PTH112
 
 
 def _require_another_file(written: Path | None, read: list[str]) -> None:

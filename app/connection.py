@@ -182,7 +182,7 @@ class Protocol(HttpToolsProtocol):
         bodies = self.service.bodies
         try:
             self._refuse(bodies.full())
-        except Exception:  # of telling it: who needs the room has no part in that
+        except Exception:  # of writing the refusal: it must not reach the request that needs the room
             logger.exception("an upload could not be refused; its connection is closed")
             self.transport.abort()
         if isinstance(upload, Exchange):  # its route ends a moment later, and would give them back then

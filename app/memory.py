@@ -13,7 +13,7 @@ What most requests need is smaller, and reused."""
 
 
 def return_large_buffers() -> None:
-    """Fixes what glibc else learns: once a large buffer was freed, it keeps the next of that size, among smaller ones."""
+    """Fixes the size from which memory is mapped: glibc raises it once such a buffer is freed, and keeps others on the heap."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _LARGE_BUFFER)

@@ -16,33 +16,17 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from enum import IntEnum
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from app.errors import StartupError
+from app.exit_codes import ExitCode
 from app.settings import Settings
 from app.telemetry.metrics_port import metrics_server
 from app.telemetry.siblings import ParentMetrics, Siblings, socket_path
 
 logger = logging.getLogger(__name__)
-
-
-class ExitCode(IntEnum):
-    """What a process says of its end."""
-
-    FAILED = 1
-    """A setting or the artifact is wrong; Python's own after an exception."""
-
-    USAGE = 2
-    """The command line is wrong (typer)."""
-
-    STARTUP_FAILURE = 3
-    """The server did not start; uvicorn's own."""
-
-    ENGINE_FAILURE = 70
-    """The engine died or hangs (EX_SOFTWARE of sysexits.h)."""
 
 
 _CANNOT_START = (ExitCode.FAILED, ExitCode.USAGE, ExitCode.STARTUP_FAILURE)

@@ -13,13 +13,14 @@ import resource
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
 from app.connection import PROBE_CONNECTIONS, Protocol
+from app.exit_codes import ExitCode
 from app.memory import return_large_buffers
-from app.processes import ExitCode
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -126,8 +127,9 @@ class _Server(uvicorn.Server):
                 now = time.monotonic()
                 await self._enforce_deadlines(now)
                 if now > drain_by - _ANSWERED_WITHIN_S:
-                    for connection in list(self.server_state.connections):
-                        cast("Protocol", connection).refuse_unfinished()
+                    for connection in self._connections():
+                        with _alone(connection):
+                            connection.refuse_unfinished()
                 await asyncio.sleep(0.5)
 
         enforcing = asyncio.get_running_loop().create_task(enforce())
@@ -137,10 +139,24 @@ class _Server(uvicorn.Server):
             enforcing.cancel()
 
     async def _enforce_deadlines(self, now: float) -> None:
-        for count, connection in enumerate(list(self.server_state.connections)):
+        for count, connection in enumerate(self._connections()):
             if count % _SWEPT_AT_ONCE == _SWEPT_AT_ONCE - 1:
                 await asyncio.sleep(0)
-            cast("Protocol", connection).enforce_deadlines(now)
+            with _alone(connection):
+                connection.enforce_deadlines(now)
+
+    def _connections(self) -> list[Protocol]:
+        return [cast("Protocol", connection) for connection in self.server_state.connections]
+
+
+@contextlib.contextmanager
+def _alone(connection: Protocol) -> Iterator[None]:
+    """A defect met at one connection costs that one: raised further, it would end uvicorn's loop, and with it the service."""
+    try:
+        yield
+    except Exception:
+        logger.exception("a connection could not be looked after; it is closed")
+        connection.transport.abort()
 
 
 def _end_if_failed(service: Service) -> None:

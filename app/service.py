@@ -10,12 +10,13 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from app.api.open_inference.statistics import InferenceStatistics
 from app.budget import ByteBudget
+from app.cores import available_cores
 from app.engine.artifact import read_verified
 from app.engine.calibration import calibrate
 from app.engine.scheduler import Scheduler
-from app.engine.session import Session, available_cores
-from app.engine.statistics import InferenceStatistics
+from app.engine.session import Session
 from app.images import DecodeLimits
 from app.keys import ApiKeys
 from app.settings import Settings
@@ -109,9 +110,12 @@ class Service:
         return False
 
     def tell(self, exchange: Exchange) -> None:
-        """Tells the watchers of an answer."""
+        """Tells the watchers of an answer; a watcher that fails takes neither the answer nor the server with it."""
         for watcher in self.watchers:
-            watcher(exchange)
+            try:
+                watcher(exchange)
+            except Exception:
+                logger.exception("%s was not told of an answer", type(watcher).__name__)
 
     def close(self) -> None:
         """Drains: everything accepted is answered, within what is left of `drain_timeout_s`, but at least a second."""

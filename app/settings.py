@@ -38,7 +38,7 @@ class Settings(BaseModel):
     )
     model_sha256: str | None = Field(
         None,
-        pattern="^[0-9a-f]{64}$",
+        pattern="^[0-9a-fA-F]{64}$",
         description="Expected SHA-256 of the artifact. Unset: the one in the .sha256 file beside it.",
     )
     provider: Literal["auto", "cpu", "cuda", "openvino"] = Field(

@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from app.cli_classify import find_images
+from app.cli_images import find_images
 from app.client import Client, Prediction
-from app.engine.session import available_cores
+from app.cores import available_cores
 from app.load import prepare
 from benchmarks.serve import REPOSITORY, Limit, Server, processor
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from app.engine.session import available_cores
+from app.cores import available_cores
 from app.load import Request, poisson, prepare
 from benchmarks.clients import closed_loop, open_loop
 from benchmarks.serve import PHOTOS, Limit, Server, processor

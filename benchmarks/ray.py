@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from app.engine.session import available_cores
+from app.cores import available_cores
 from app.load import prepare
 from benchmarks.clients import closed_loop
 from benchmarks.serve import PHOTOS, REPOSITORY, Limit, Server, processor

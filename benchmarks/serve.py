@@ -33,8 +33,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from app.cores import available_cores
 from app.engine.artifact import read_verified
-from app.engine.session import Session, available_cores
+from app.engine.session import Session
 from app.images import DecodeLimits, decode_image
 from app.load import Request, Tally, prepare
 from app.settings import Settings

@@ -37,3 +37,9 @@ def walk(
             below = [os.path.join(parent, name) for name in folders]  # noqa: PTH118 (`root` comes back as it was given)
             waiting += filter(os.path.islink, below)  # Path.is_symlink raises for a path that is too long
             yield root, below, [os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")]  # noqa: PTH118
+
+
+def find_files(folder: str, on_error: Callable[[OSError], None]) -> Iterator[str]:
+    """Every file below that is not hidden; for the order, links and `on_error` see `walk`."""
+    for _, _, files in walk([folder], on_error):
+        yield from files

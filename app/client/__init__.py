@@ -7,6 +7,7 @@ docs/client.md shows how it is used.
 from app.client.answers import (
     ClassificationError,
     ClassProbability,
+    ClientClosed,
     ClientError,
     DeadlineExceeded,
     Health,
@@ -29,6 +30,7 @@ __all__ = [
     "ClassProbability",
     "ClassificationError",
     "Client",
+    "ClientClosed",
     "ClientError",
     "DeadlineExceeded",
     "Health",

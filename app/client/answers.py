@@ -176,6 +176,10 @@ class Unreachable(ClientError):
     """No connection, or no answer within the deadline."""
 
 
+class ClientClosed(ClientError):
+    """This client was closed, or was made before a fork: no service was asked, and trying again is of no use."""
+
+
 class RequestFailed(ClientError):
     """The server answered that it failed (RFC 9457).
 

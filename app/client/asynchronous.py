@@ -15,7 +15,7 @@ from typing import Self, TypeAlias
 
 import httpx
 
-from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
+from app.client.answers import ClassificationError, ClientClosed, ClientError, Health, Model, Prediction, Unreachable
 from app.client.arguments import authorization, check_count, check_deadline, check_url
 from app.client.exchange import (
     BATCH_SIZE,
@@ -193,7 +193,7 @@ class AsyncClient:
 
     def _check_open(self) -> None:
         if self._http.is_closed:
-            raise Unreachable("the client was closed")
+            raise ClientClosed("the client was closed")
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-from app.client.answers import ClassificationError, ClientError, Health, Model, Prediction, Unreachable
+from app.client.answers import ClassificationError, ClientClosed, ClientError, Health, Model, Prediction
 from app.client.arguments import check_count, check_deadline
 from app.client.asynchronous import AsyncClient
 from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Wanted
@@ -80,8 +80,10 @@ class Client:
             DeadlineExceeded: accepted, but not in time.
             Unreachable: no answer until the deadline.
             Unauthorized: the key is wrong.
-            RequestFailed: any other failure; base of all but `Unreachable`.
+            RequestFailed: any other failure; base of all above but `Unreachable`.
+            ClientClosed: this client was closed.
             OSError: the file cannot be read.
+            TypeError: this is no image.
             ValueError: an array has another shape or type, a parameter is out of range.
         """
         wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
@@ -166,17 +168,17 @@ class Client:
 
     def _submit(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Pending[T]:
         if self._process != os.getpid():
-            raise Unreachable("the client was made before this process was forked; make one here")
+            raise ClientClosed("the client was made before this process was forked; make one here")
         with self._closing:  # or one that is submitted meanwhile would wait for a loop that has stopped
             if self._closed:
-                raise Unreachable("the client was closed")
+                raise ClientClosed("the client was closed")
             return Pending(self._loop, function, *args, **kwargs)
 
     def _result(self, pending: Pending[T]) -> T:
         try:
             return pending.result()
         except asyncio.CancelledError:
-            raise Unreachable("the client was closed") from None
+            raise ClientClosed("the client was closed") from None
 
     def _run(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         pending = self._submit(function, *args, **kwargs)

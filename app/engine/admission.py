@@ -122,7 +122,7 @@ class Admission:
         return Overloaded(
             f"{waits}; the limit is {self.max_queue} (CONVMIXER_MAX_QUEUE); try again later"
             if full
-            else f"{waits}; that is too long for the deadline of {timeout_s * 1000:.0f} ms; try again later, or with a later one",
+            else f"{waits}; too long for the deadline of {timeout_s * 1000:.0f} ms; try again later, or with a longer one",
             retry_after_s=max(1, math.ceil(wait_s)),
             reason="queue_full" if full else "would_be_late",
         )
@@ -193,8 +193,8 @@ class Admission:
         with self._lock:
             late = [asker for asker in item.askers if asker.deadline < ready_by]
             item.askers = [a for a in item.askers if a.deadline >= ready_by and not a.future.cancelled()]
-            if not item.askers and item.key is not None:
-                self._open.pop(item.key, None)
+            if not item.askers:
+                self._close(item)
         for asker in late:
             if asker.future.set_running_or_notify_cancel():
                 error = DeadlineExceeded(
@@ -221,10 +221,14 @@ class Admission:
     def _leave(self, item: Item) -> list[Future[Outcome]]:
         """Lets nobody join any more; the futures of those who still wait, which are to be resolved now."""
         with self._lock:
-            if item.key is not None:
-                self._open.pop(item.key, None)
+            self._close(item)
             askers, item.askers = item.askers, []
         return [asker.future for asker in askers if asker.future.set_running_or_notify_cancel()]
+
+    def _close(self, item: Item) -> None:
+        """Lets nobody join it; another item of the same bytes, submitted since it was dropped, stays open."""
+        if item.key is not None and self._open.get(item.key) is item:
+            del self._open[item.key]
 
 
 def _is_in_time(item: Item, deadline: float) -> bool:

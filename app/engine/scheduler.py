@@ -11,7 +11,6 @@ not. An image whose decoding or inference fails takes nobody with it.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import threading
@@ -48,8 +47,8 @@ broken, as a GPU may be for good."""
 
 _REST_S = 5.0
 _RESTS_AT_LEAST_S = 60.0
-"""When there was nothing to do for so long, the memory that work has left behind is given back; after so long even if there was:
-that takes two runs of the model, and the next batch a tenth longer."""
+"""The memory that work has left behind is given back when there was nothing to do for so long, and under steady load this often:
+that takes two runs of the model, and the next batch takes a tenth longer."""
 
 _WAITS = 6
 """A worker may be at one step for so many times the processor time that it may take for it."""
@@ -76,7 +75,7 @@ class Scheduler:
         max_queue: images waiting at most.
         coalesce: compute identical images that are in flight together once.
         image_s: seconds of a worker that an image takes, to begin with.
-        on_batch: called after each batch with its outcomes, for metrics; must not raise.
+        on_batch: called after each batch with its outcomes, for metrics.
         on_failure: called with the times of an image that took a worker's time and has no outcome, likewise.
         hang_timeout_s: processor time of one step of decoding an image, or of one run of the model, from which on a worker is
             taken for hung (by the wall's clock, six times as long); the service then reports itself dead. The longest step of the
@@ -142,25 +141,30 @@ class Scheduler:
             explain: with class maps.
 
         Returns:
-            A resolved future; None if the image is to be submitted: it has many pixels, or something failed.
+            A resolved future; None if the image is to be submitted: it has many pixels, or could not be decoded. That the model
+            failed is the future's exception.
         """
         begin = self._watchdog.begin()
-        answered: Future[Outcome] | None = None
-        with suppress(Exception):  # whatever it is, it happens to the worker, too, which says and counts it
-            decoded = decode_image(image, self.rule, self.limits, _only_few)
-            asker = Asker(math.inf)
-            item = Item(decoded, explain, [asker], Timing(begin), None, decoded)
-            item.timing.decode_s = time.monotonic() - begin
-            self._tell(self._infer([item], explain, alone=True))
-            answered = asker.future
-        self._watchdog.end()
+        asked: Future[Outcome] | None = None
+        answered: list[Answered] = []
+        try:
+            with suppress(Exception):  # whatever it is, it happens to the worker, too, which says and counts it
+                decoded = decode_image(image, self.rule, self.limits, _only_few)
+                asker = Asker(math.inf)
+                item = Item(decoded, explain, [asker], Timing(begin), None, decoded)
+                item.timing.decode_s = time.monotonic() - begin
+                answered = self._infer([item], explain, alone=True)
+                self._tell(list(answered))
+                asked = asker.future
+        finally:
+            self._watchdog.end()
         self._worked = time.monotonic()
         took_s = self._worked - begin
-        if answered is None or took_s > _HERE_S:
+        if not answered or took_s > _HERE_S:
             self._here_from = self._worked + _HERE_PAUSE * min(took_s, _HERE_LONGEST_S)
         if answered:
-            self.service_time.observe(took_s)
-        return answered
+            self.service_time.observe(took_s, alone=True)
+        return asked
 
     def waiting(self) -> int:
         """Images in the queue."""
@@ -250,14 +254,14 @@ class Scheduler:
         return [batch[:-1], batch[-1:]] if len(batch) > 1 and _is_large(batch[-1]) else [batch]
 
     def _process_all(self, batches: list[list[Item]], alone: bool, untold: list[Answered]) -> None:
-        try:
-            for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches):
+            try:
                 self._process(batch, alone and number == 0, untold)
-        except Exception:  # nobody may wait for ever, and the worker must live
-            logger.exception("a batch failed outside decoding and inference")
-            self._failed_in_row += 1
-            for item in itertools.chain(*batches):
-                self.admission.fail(item, InferenceFailed("the engine failed; the log has the reason"))
+            except Exception:  # nobody may wait for ever, and the worker must live
+                logger.exception("a batch failed outside decoding and inference")
+                self._failed_in_row += 1
+                for item in batch:
+                    self.admission.fail(item, InferenceFailed("the engine failed; the log has the reason"))
 
     def _process(self, batch: list[Item], alone: bool, untold: list[Answered]) -> None:
         """Decodes and infers a batch, and tells those of the batch before what came out.
@@ -286,16 +290,20 @@ class Scheduler:
             group = [item for item in ready if item.explain is explain]
             if group:
                 untold += self._infer(group, explain, alone)
-        # pictures that could not be decoded count if they took long: so may the next. What fails at once tells nothing
+        # pictures that could not be decoded, or on which the model failed, count if they took long: so may the next. What fails
+        # at once tells nothing
         if tried := len(ready) or sum(item.timing.decode_s > 0 for item in batch):
             seconds = (time.monotonic() - begin) / tried
-            if ready or seconds >= self.service_time.image_s:
-                self.service_time.observe(seconds)
+            if untold or seconds >= self.service_time.image_s:
+                self.service_time.observe(seconds, alone=alone)
 
     def _tell(self, answered: list[Answered]) -> None:
         """Resolves what waits for these, and empties the list."""
         for items, outcomes in answered:
-            self._on_batch(outcomes)  # first: who has an answer finds it counted
+            try:
+                self._on_batch(outcomes)  # first: who has an answer finds it counted
+            except Exception:  # it may be told amid the decoding of another's image, which would be called damaged
+                logger.exception("%d images were not counted", len(outcomes))
             for item, outcome in zip(items, outcomes, strict=True):
                 self.admission.answer(item, outcome)
         answered.clear()

@@ -6,8 +6,10 @@ from __future__ import annotations
 class ServiceTime:
     """Seconds of one worker an image.
 
+    Several threads tell it without a lock: what is lost when two do at once is one of many batches.
+
     Args:
-        image_s: to begin with.
+        image_s: to begin with, of one worker while all others work too.
         workers: side by side.
 
     Attributes:
@@ -16,10 +18,19 @@ class ServiceTime:
 
     def __init__(self, image_s: float, workers: int) -> None:
         self.image_s, self._workers = image_s, workers
+        self._least_alone = image_s
         self._odd_in_row = 0
 
-    def observe(self, seconds: float) -> None:
-        """Learns from what an image of the last batch took."""
+    def observe(self, seconds: float, *, alone: bool = False) -> None:
+        """Learns from what an image of the last batch took.
+
+        Args:
+            seconds: of the batch's worker, for each of its images.
+            alone: it had every core, and so was faster than an image in company will be: it may only tell of a longer time, or
+                correct one that is too long.
+        """
+        if alone:
+            seconds = max(seconds, self._least_alone)
         usual = self.image_s
         self._odd_in_row = self._odd_in_row + 1 if not usual / 2 <= seconds <= 2 * usual else 0
         if self._odd_in_row > self._workers:  # no exception any more, but another load

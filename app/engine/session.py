@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import sys
 import time
-from contextlib import redirect_stdout, suppress
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,7 +30,6 @@ _PROVIDER_NAMES: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "openvino": "OpenVINOExecutionProvider",
 }
-CGROUP, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _REPEATABLE: dict[Precision, float] = {"f32": 1e-4, "bf16": 0.1}
 """Most that logits of the same image may differ by from run to run: other threads sum, and round, in another order."""
 
@@ -146,33 +143,6 @@ class Session:
                 f"CONVMIXER_PRECISION={self._precision}, but on this CPU, which lacks it, OpenVINO computes in f32; "
                 "set CONVMIXER_PRECISION=f32"
             )
-
-
-def available_cores() -> int:
-    """Cores this process may use: its CPU affinity, or the cgroup quota (rounded up) where that is smaller."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in _quota_files():
-        with suppress(OSError, ValueError):  # no such file, or no quota ("max", -1)
-            quota, period = " ".join(path.read_text() for path in files).split()
-            if int(quota) > 0:
-                cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
-    return cores
-
-
-def _quota_files() -> list[list[Path]]:
-    """Where this process's CPU quotas stand, from its own control group up to the outermost: the least of them holds."""
-    found = []
-    with suppress(OSError, ValueError):
-        for line in MEMBERSHIP.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            top = CGROUP / "cpu" if controllers else CGROUP  # cgroup v1, v2
-            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
-            own = top / path.strip("/")
-            folders = [own, *(parent for parent in own.parents if parent.is_relative_to(top))]
-            found += [[folder / name for name in names] for folder in folders]
-    return found
 
 
 def _open(

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from app.errors import StartupError
-from app.paths import find_files
+from pictures.files import find_files
 
 UNFINISHED = ".unfinished"
 """End of the name of a file that is not whole yet."""
@@ -54,7 +54,7 @@ class Place:
         begin = (self / folder).rstrip("/")
         if self.fs.type_name == "local":  # Arrow would go round in links that lead back, and refuse names that are no UTF-8
             begin = begin or "/"
-            found = find_files(begin, _raise_unless_gone) if deep else (entry.path for entry in os.scandir(begin))
+            found = find_files(begin, _raise_unless_gone) if deep else _entries(begin)
             paths = (path for path in found if os.path.isfile(path))  # noqa: PTH113 (never raises)
         else:
             selector = fs.FileSelector(begin, recursive=deep, allow_not_found=True)
@@ -116,6 +116,13 @@ def _sync(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _entries(folder: str) -> list[str]:
+    try:
+        return [entry.path for entry in os.scandir(folder)]
+    except FileNotFoundError:
+        return []
 
 
 def _raise_unless_gone(error: OSError) -> None:

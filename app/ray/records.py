@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from app.engine.outcome import Outcome
 from app.errors import BodyTooLarge, InferenceFailed, ServiceError, StartupError, UndecodableImage
-from app.processes import ExitCode
+from app.exit_codes import ExitCode
 from app.ray.place import Place
 from app.ray.shards import UNREADABLE, JobDescription, Piece, ShardResult, Shards, check_columns, id_kind
 from app.service import Service

@@ -13,6 +13,7 @@ two drivers begin a job at once, the results of the one whose manifest was repla
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -28,8 +29,8 @@ import pyarrow as pa
 from pyarrow import fs, parquet
 
 from app.errors import InferenceFailed, StartupError
-from app.paths import printable
 from app.ray.place import UNFINISHED, Place, one_line
+from app.text import printable
 
 UNREADABLE = "unreadable"
 """Code of a record that could not be read."""
@@ -126,9 +127,14 @@ class Shards:
 
     @functools.cached_property
     def rows(self) -> list[int]:
-        """Images in each shard."""
+        """Images in each shard.
+
+        Raises:
+            StartupError: the manifest cannot be read any more.
+        """
         shards = range(self._manifest.num_row_groups)
-        return [sum(self._manifest.read_row_group(shard, ["rows"])["rows"].to_pylist()) for shard in shards]
+        with self._named():
+            return [sum(self._manifest.read_row_group(shard, ["rows"])["rows"].to_pylist()) for shard in shards]
 
     @classmethod
     def open(cls, output: Place, job: JobDescription) -> Shards:
@@ -152,8 +158,13 @@ class Shards:
         return shards
 
     def pieces(self, shard: int) -> list[Piece]:
-        """What a shard consists of, in order."""
-        return [Piece(**row) for row in self._manifest.read_row_group(shard).to_pylist()]
+        """What a shard consists of, in order.
+
+        Raises:
+            StartupError: the manifest cannot be read any more.
+        """
+        with self._named():
+            return [Piece(**row) for row in self._manifest.read_row_group(shard).to_pylist()]
 
     def results(self) -> dict[int, ShardResult]:
         """What the shards that are done have given: those whose files hold all of their records.
@@ -161,10 +172,8 @@ class Shards:
         Raises:
             StartupError: the output cannot be listed.
         """
-        try:
+        with self._named():
             classified, rejected = (set(self.output.files(kind)) for kind in ("classified", "rejected"))
-        except OSError as error:
-            raise StartupError(f"{self.output.uri} cannot be listed: {one_line(error)}") from error
         written = [
             shard
             for shard in range(len(self.rows))
@@ -192,22 +201,44 @@ class Shards:
 
         Returns:
             How many have in this run.
+
+        Raises:
+            StartupError: it cannot be noted.
         """
         number = Path(_name(shard)).stem
         self.output.write(f"failures/{number}.{uuid.uuid4().hex}.txt", reason.encode())
-        return sum(path.startswith(f"failures/{number}.") and path.endswith(".txt") for path in self.output.files("failures"))
+        with self._named():
+            return sum(path.startswith(f"failures/{number}.") and path.endswith(".txt") for path in self.output.files("failures"))
 
     def forget_failures(self) -> None:
-        """Begins to count anew."""
-        for path in self.output.files("failures"):
-            self.output.fs.delete_file(self.output / path)
+        """Begins to count anew.
+
+        Raises:
+            StartupError: the output cannot be listed, or nothing be deleted there.
+        """
+        with self._named():
+            for path in self.output.files("failures"):
+                self.output.fs.delete_file(self.output / path)
 
     def remove_unfinished(self) -> None:
-        """Removes what killed workers and drivers left behind; only when none is at work."""
-        root = (path for path in self.output.files(deep=False) if path.startswith((f"{MANIFEST}.", f"{SUMMARY}.")))
-        for path in itertools.chain(root, self.output.files("classified"), self.output.files("rejected")):
-            if path.endswith(UNFINISHED):
-                self.output.fs.delete_file(self.output / path)
+        """Removes what killed workers and drivers left behind; only when none is at work.
+
+        Raises:
+            StartupError: as `forget_failures`.
+        """
+        with self._named():
+            root = (path for path in self.output.files(deep=False) if path.startswith((f"{MANIFEST}.", f"{SUMMARY}.")))
+            for path in itertools.chain(root, self.output.files("classified"), self.output.files("rejected")):
+                if path.endswith(UNFINISHED):
+                    self.output.fs.delete_file(self.output / path)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says where storage fails, which pyarrow does not."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise StartupError(f"{self.output.uri} cannot be used: {one_line(error)}") from error
 
     def _result(self, shard: int) -> ShardResult | None:
         """What a shard's two files hold; None if one is damaged, or of another driver's listing of the input."""

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from app.telemetry.exchange import Exchange
+from app.text import visible
 
 access = logging.getLogger("app.access")
 
@@ -55,15 +56,6 @@ class TextFormatter(logging.Formatter):
     def formatStack(self, stack_info: str) -> str:  # noqa: N802 -- logging's name
         """Likewise."""
         return "\n".join(map(visible, super().formatStack(stack_info).split("\n")))
-
-
-def visible(text: str) -> str:
-    r"""The text with `\x1b`, `\n`, … for each character that a terminal would not show but do.
-
-    Args:
-        text: with anything in it.
-    """
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def extra(record: logging.LogRecord) -> dict[str, Any]:

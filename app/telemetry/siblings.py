@@ -39,10 +39,12 @@ async def tell_metrics(folder: Path, registry: CollectorRegistry) -> AsyncIterat
     """
 
     async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(generate_latest(registry))
-        with suppress(ConnectionError):
-            await writer.drain()
-        writer.close()
+        try:
+            writer.write(generate_latest(registry))
+            with suppress(ConnectionError):
+                await writer.drain()
+        finally:
+            writer.close()  # or whoever asks would wait for what failed here
 
     path = socket_path(folder, os.getpid())
     server = await asyncio.start_unix_server(tell, path)

@@ -19,7 +19,7 @@ import pytest
 
 from app import __version__
 from app.cli import main
-from app.cli_classify import expand, find_images
+from app.cli_images import expand, find_images
 from tests.server import ScriptedServer
 
 

@@ -29,6 +29,7 @@ from app.client import (
     AsyncClient,
     ClassificationError,
     Client,
+    ClientClosed,
     DeadlineExceeded,
     Health,
     ImageRejected,
@@ -71,7 +72,9 @@ def test_importing_it_brings_neither_the_server_nor_what_only_some_callers_have(
 def test_serving_does_not_import_it():
     code = "import sys, app.main, app.server, app.cli; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"app.client", "app.cli_classify", "app.load", "httpx", "pyarrow", "rich"} & set(result.stdout.split())
+    assert not {"app.client", "app.cli_classify", "app.cli_writers", "app.load", "httpx", "pyarrow", "rich"} & set(
+        result.stdout.split()
+    )
 
 
 def test_an_orientation_in_xmp_alone_turns_a_picture_no_more_than_its_file():
@@ -714,7 +717,7 @@ def test_closing_ends_a_pause():
     failure: list[Exception] = []
 
     def classify() -> None:
-        with pytest.raises(Unreachable, match="closed") as caught:
+        with pytest.raises(ClientClosed, match="closed") as caught:
             client.classify(b"image")
         failure.append(caught.value)
 
@@ -725,7 +728,7 @@ def test_closing_ends_a_pause():
     thread.join(30)
     assert failure
     client.close()
-    with pytest.raises(Unreachable, match="closed"):
+    with pytest.raises(ClientClosed, match="closed"):
         client.health()
 
 
@@ -734,7 +737,7 @@ def test_a_closed_asyncio_client_is_no_programming_error_of_its_own():
         client = AsyncClient("http://127.0.0.1:1")
         await client.aclose()
         for call in (client.health, client.model, lambda: client.classify(b"image")):
-            with pytest.raises(Unreachable, match="the client was closed"):
+            with pytest.raises(ClientClosed, match="the client was closed"):
                 await call()
 
     asyncio.run(use())
@@ -754,13 +757,13 @@ def test_a_client_that_nobody_closes_leaves_no_thread():
 
 FORK = """
 import os
-from app.client import Client, Unreachable
+from app.client import Client, ClientClosed
 with Client("http://127.0.0.1:1") as client:
     if child := os.fork():
         raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     try:
         client.model()
-    except Unreachable as error:
+    except ClientClosed as error:
         print(error)
 """
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.paths import find_files, printable
+from app.text import printable
+from pictures.files import find_files
 
 
 @pytest.fixture

@@ -39,6 +39,10 @@ def test_a_bad_value_is_named(monkeypatch, name, value):
         Settings.load()
 
 
+def test_a_hash_may_be_in_capitals_as_in_a_file_of_hashes():
+    assert Settings.load(model_sha256="AB" * 32).model_sha256 == "AB" * 32
+
+
 def test_keys_that_are_no_text_are_refused_and_not_shown():
     with pytest.raises(StartupError, match=r"^CONVMIXER_API_KEYS is not UTF-8$"):
         Settings(api_keys="good,\udcffkey").keys()

@@ -316,6 +316,27 @@ def test_what_was_killed_while_it_wrote_is_removed_and_nothing_else(service, sam
     assert [path.relative_to(output).as_posix() for path in output.rglob("*.unfinished")] == ["mine.unfinished"]
 
 
+def test_a_folder_that_does_not_exist_holds_nothing(tmp_path):
+    place = Place(str(tmp_path / "gone"))
+    assert not list(place.files())
+    assert not list(place.files(deep=False))
+
+
+def test_storage_that_fails_later_is_one_line(service, samples, tmp_path):
+    write_images(tmp_path / "in", samples[:1])
+    output = tmp_path / "out"
+    shards = Shards.open(Place(str(output)), folder_job(tmp_path / "in", service))
+    (output / "failures").write_text("no folder")
+    with pytest.raises(StartupError, match=r"^.*/out cannot be used: .*Not a directory"):
+        shards.forget_failures()
+    manifest = output / "manifest.parquet"
+    size = manifest.stat().st_size
+    with manifest.open("r+b") as file:
+        file.write(bytes(size // 2))  # in place: the file is open
+    with pytest.raises(StartupError, match=r"^.*/out cannot be used: "):
+        shards.pieces(0)
+
+
 def test_the_root_of_a_file_system_can_be_listed(monkeypatch):
     monkeypatch.setattr("app.ray.place.find_files", lambda folder, _: iter([f"{folder}proc/version"]))
     assert list(Place("/").files()) == ["proc/version"]

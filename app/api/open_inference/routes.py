@@ -40,11 +40,11 @@ from app.api.open_inference.schemas import (
     ServerReady,
     StatisticsAnswer,
 )
+from app.api.open_inference.statistics import Duration
 from app.api.problems import problem_response
 from app.deadline import deadline_ms, time_left_s
 from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
-from app.engine.statistics import Duration
 from app.errors import MalformedRequest, NotServing, ServiceError, UnknownModel
 from app.schemas import Prediction
 from app.service import Service

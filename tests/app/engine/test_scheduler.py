@@ -127,6 +127,63 @@ def test_a_model_that_fails_on_everything_is_seen(session, make, samples):
     assert scheduler.failure() is None
 
 
+def test_a_model_that_fails_teaches_nothing_of_how_long_images_take(session, make, samples):
+    scheduler = make(image_s=0.5)
+    session.poison = np.full((32, 32, 3), 255, np.uint8)
+    white = _png(session.poison)
+    for _ in range(20):
+        scheduler.process_here(white)
+        scheduler.submit([white])[0].exception(TIMEOUT_S)
+    assert scheduler.service_time.image_s == 0.5
+    assert not scheduler.may_process_here(samples[0].data), "the event loop does not try again at once"
+
+
+def test_what_fails_over_a_large_file_leaves_the_batch_before_it_its_answers(session, make, samples, monkeypatch):
+    outcomes = []
+    scheduler = make(on_batch=outcomes.extend)
+    first = hold(session, scheduler, samples[0].data)
+    futures = scheduler.submit([samples[1].data, samples[2].data + bytes(300 * 1024)])  # a batch, and a large one behind it
+    large_only = scheduler._process
+
+    def process(batch, *arguments):
+        if len(batch[0].data) > 256 * 1024:
+            raise MemoryError
+        large_only(batch, *arguments)
+
+    monkeypatch.setattr(scheduler, "_process", process)
+    session.gate.set()
+    assert first.exception(TIMEOUT_S) is None
+    assert futures[0].exception(TIMEOUT_S) is None
+    assert isinstance(futures[1].exception(TIMEOUT_S), InferenceFailed)
+    assert len(outcomes) == 2
+
+
+def test_metrics_that_fail_harm_no_image(make, samples):
+    def count(outcomes):
+        raise ValueError("metrics")
+
+    scheduler = make(on_batch=count)
+    outcomes = [future.result(TIMEOUT_S) for future in scheduler.submit([sample.data for sample in samples[:20]])]
+    assert len(outcomes) == 20
+
+
+def test_a_twin_of_a_dropped_image_is_still_joined_by_the_next(session, make, samples):
+    scheduler = make(coalesce=True, max_batch=1)
+    first = hold(session, scheduler, samples[0].data)
+    (dropped,) = scheduler.submit([samples[1].data])
+    item = scheduler.admission._open[samples[1].data, False]
+    dropped.cancel()
+    assert not scheduler.admission.is_wanted(item)
+    (second,) = scheduler.submit([samples[1].data])
+    scheduler.admission.fail(item, InferenceFailed("late"))
+    (third,) = scheduler.submit([samples[1].data])
+    session.batches.clear()
+    session.gate.set()
+    assert np.array_equal(second.result(TIMEOUT_S).logits, third.result(TIMEOUT_S).logits)
+    first.result(TIMEOUT_S)
+    assert session.batches == [1], "computed once"
+
+
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")

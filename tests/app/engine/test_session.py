@@ -7,8 +7,9 @@ import onnx
 import pytest
 from PIL import Image
 
+from app.cores import available_cores
 from app.engine.artifact import METADATA_KEY, read_verified
-from app.engine.session import Session, available_cores
+from app.engine.session import Session
 from app.errors import StartupError
 
 
@@ -82,8 +83,8 @@ def test_the_least_quota_of_all_groups_around_this_process_holds(tmp_path, monke
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
     (tmp_path / "self").write_text(membership + "\n")
-    monkeypatch.setattr("app.engine.session.CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr("app.engine.session.MEMBERSHIP", tmp_path / "self")
+    monkeypatch.setattr("app.cores.CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr("app.cores.MEMBERSHIP", tmp_path / "self")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert available_cores() == expected
 
