@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app import head, raw_image, refusal
+from app import cross_origin, head, raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.growth import Growth
@@ -246,6 +246,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """One header, or one trailer, which nobody wants (RFC 9110, 6.5.1: it must not become a header)."""
+        value = value.rstrip(b" \t")  # no part of it (RFC 9112, 5.1), but the parser leaves what stands behind it
         if self._in_headers:
             super().on_header(name, value)
         self._parsed_bytes += len(name) + len(value)
@@ -465,6 +466,10 @@ class Protocol(HttpToolsProtocol):
         response = problem_response(self.url.decode("latin-1"), error, exchange.request_id)
         media_type, body = str(response.media_type), bytes(response.body)
         said = {**problem_headers(error), "Server-Timing": server_timing((), time.monotonic() - exchange.begin)}
+        if self.settings.cors_origins:
+            # None: of a head that has not come as a whole it is not known, it may still be to come
+            origin = dict(headers).get(b"origin", None if self._between or self._in_headers else b"")
+            said |= cross_origin.headers(self.settings.origins(), origin)
         wire = compose(error.status, self.default_headers(), media_type, body, said, exchange.request_id, keep_alive=False)
         asked_for_the_head = not self._between and self.parser.get_method() == b"HEAD"  # RFC 9110, 9.3.2
         self.transport.write(wire.removesuffix(body) if asked_for_the_head else wire)

@@ -6,11 +6,15 @@ a request of several images those with `per_item = True` stand in the place of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from app.engine.outcome import Timing
+
+PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}
+"""What RFC 9110 calls them; Python before 3.13 has the names of earlier RFCs."""
 
 CLIENT_LEFT = 499
 """No status of HTTP, but nginx's for a client that closed its connection before the answer."""
@@ -23,6 +27,7 @@ class ServiceError(Exception):
         detail: one sentence: what is wrong, which limit or value, what to do. Shown to the client.
         retry_after_s: seconds after which trying again makes sense; becomes `Retry-After`.
         reason: which of `reasons` it was; None is the first of them.
+        headers: what the answer says in headers, besides `Retry-After`.
 
     Attributes:
         timing: of the image that failed, as far as it came; None if it never was in the queue.
@@ -36,9 +41,17 @@ class ServiceError(Exception):
 
     timing: Timing | None = None
 
-    def __init__(self, detail: str, *, retry_after_s: int | None = None, reason: str | None = None) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        retry_after_s: int | None = None,
+        reason: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
+        self.headers = headers or {}
         self.retry_after_s = retry_after_s
         self.reason = reason or next(iter(self.reasons), None)
 

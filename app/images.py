@@ -126,7 +126,7 @@ def decode_image(
     Raises:
         UnsupportedImage: none of the formats above (415).
         ImageTooLarge: over a limit (413).
-        UndecodableImage: damaged, or made so that decoding takes too long (422).
+        UndecodableImage: empty, damaged, or made so that decoding takes too long (422).
     """
     try:
         if data.startswith(b"\xff\xd8"):
@@ -165,7 +165,8 @@ def decode_image(
             f"a frame of the picture has more than {limits.max_pixels:,} pixels (CONVMIXER_MAX_PIXELS); send a smaller image"
         ) from error
     except UnidentifiedImageError as error:
-        raise UnsupportedImage(f"not an image of a type read here: {', '.join(FORMATS)}") from error
+        unknown = UnsupportedImage(f"not an image of a type read here: {', '.join(FORMATS)}")
+        raise (unknown if data else UndecodableImage("the file is empty")) from error
     except Exception as error:
         # Pillow's decoders raise ValueError, SyntaxError, struct.error, MemoryError, … on hostile bytes; whatever a
         # picture makes them raise is the picture's fault and must not become a 500.
@@ -205,10 +206,11 @@ def _doubts_about_shape(size: tuple[int, int], rule: ResizeRule) -> list[str]:
     if short < side:
         doubts.append(f"{size[0]} x {size[1]} pixels were enlarged to {rule.side} x {rule.side}")
     if long > _MAX_ASPECT * short:
+        part = f"{short / long:.0%}" if short / long >= 0.01 else "less than 1%"
         effect = {
-            "crop": f"only the middle {short / long:.0%} of it was classified",
+            "crop": f"only the middle {part} of it was classified",
             "squash": f"it was squeezed {long / short:.1f} to 1",
-            "pad": f"it fills only {short / long:.0%} of what was classified",
+            "pad": f"it fills only {part} of what was classified",
         }
         doubts.append(f"the picture is {size[0]} x {size[1]}: {effect[rule.mode]}")
     reduction = (short if rule.mode == "crop" else long) / side

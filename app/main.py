@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Scope
 from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
+from app.cross_origin import EXPOSED
 from app.errors import StartupError
 from app.keys import ApiKeys
 from app.protection import RequestGuard, classifies, routed_path
@@ -93,8 +94,8 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     if not origins:
         return guarded
     # around the guard: a preflight brings no key, and scripts may read only answers that allow it, refusals too
-    exposed = ["X-Request-ID", "Retry-After", "Server-Timing", "Inference-Header-Content-Length"]
-    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed)
+    methods = ["GET", "HEAD", "POST"]
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=EXPOSED)
 
 
 def _watch(settings: Settings, service: Service) -> Callable[[], None]:

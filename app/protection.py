@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.budget import ByteBudget
 from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, ServiceError, Unauthorized
-from app.keys import ApiKeys
+from app.keys import ApiKeys, sent_key
 from app.telemetry.exchange import Exchange, server_timing
 
 PROTECTED = ("/classify", "/v2/models")
@@ -101,7 +101,7 @@ class RequestGuard:
                 timing = server_timing(exchange.timings, exchange.seconds)
                 message["headers"] = [*sent, (b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
                 self.on_response(scope, exchange)
-                if body.unread:  # the rest is not worth reading
+                if body.is_left:  # the rest is not worth reading, or may never come
                     message["headers"].append((b"connection", b"close"))
             await send(message)
             complete = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -133,7 +133,11 @@ class RequestGuard:
 
     def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if routed_path(scope).startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
-            raise Unauthorized("this service asks for a key: send `Authorization: Bearer KEY`")
+            if sent_key(scope["headers"]):
+                challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # not where none was sent (RFC 6750, 3.1)
+                raise Unauthorized("the key that was sent is none of this service's", headers=challenge)
+            detail = "this service asks for a key: send `Authorization: Bearer KEY`"
+            raise Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
             raise BodyTooLarge(
@@ -151,7 +155,13 @@ class _LimitedBody:
 
     def __init__(self, receive: Receive, limit: int, budget: ByteBudget, exchange: Exchange) -> None:
         self._receive, self._limit, self._budget, self._exchange = receive, limit, budget, exchange
-        self.unread = False
+        self._asked_for = self.unread = False
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it ends the connection. A body that was not asked for may come or not, nobody can tell (RFC 9110, 10.1.1)."""
+        waits = any(name == b"expect" and value.lower() == b"100-continue" for name, value in self._exchange.headers)
+        return self.unread or (waits and not self._asked_for)
 
     async def receive(self) -> Message:
         """The next message (ASGI).
@@ -160,6 +170,7 @@ class _LimitedBody:
             BodyTooLarge: more has come than one request may have.
             Overloaded: more has come than all may have.
         """
+        self._asked_for = True
         message = await self._receive()
         count = len(message.get("body", b""))
         self._exchange.received_bytes += count

@@ -25,7 +25,9 @@ class ClassifyJson(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    images: list[str] = Field(min_length=1, description="Whole image files, base64 (RFC 4648, standard alphabet).")
+    images: list[str] = Field(
+        min_length=1, description="Whole image files, base64 (RFC 4648, standard alphabet), also as data URLs."
+    )
 
 
 class ModelRef(TypedDict):

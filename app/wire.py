@@ -6,6 +6,11 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from app.errors import PHRASES
+
+# uvicorn's own, which it writes before every answer
+STATUS_LINE.update({status: f"HTTP/1.1 {status} {phrase}\r\n".encode() for status, phrase in PHRASES.items()})
+
 
 class DefaultHeaders:
     """The headers of every answer, written down anew when uvicorn has new ones: once a second, for the date."""

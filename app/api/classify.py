@@ -6,8 +6,6 @@ chooses between these three; what kind of image it is, the bytes say.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -24,6 +22,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from app.api import encoded
+from app.api.codings import coding_of
 from app.api.inference import LONG_ANSWER, SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.problems import problem_response
 from app.deadline import deadline_ms
@@ -37,19 +37,22 @@ from app.verdict import judge
 router = APIRouter()
 
 _OTHER_MARKS = 100
-"""Commas and brackets that a JSON body may have besides two an image (a data URL, which gets an error of its own, has one)."""
+"""Commas and brackets that a JSON body may have besides two an image (a data URL has one)."""
 
 _JSON_CONTAINER = re.compile(rb"[ \t\r\n]*[\[{]")
 _SHOWN = 100
 """Characters of a client's own key that an error repeats."""
 
 _CHARSETS = {b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1"}
+_NAMED = re.compile(rb";[ \t]*filename\*?[ \t]*=", re.IGNORECASE)
 _PADDED = re.compile(rb"\r\n[^:\r\n]*:  ")
 _LONGEST_PART_HEAD = 64 * 1024
 """The parser gives up before: at eight headers of 4 KiB."""
 _MOST_TEXT = 1024
 """Bytes of a part that is no file, which is none that is read here."""
+_NO_FILE = "every part of the form must be a file: it has a filename, or the Content-Type of an image (curl: -F images=@cat.png)"
 
+_ANY_BYTES = ("application/octet-stream", "binary/octet-stream")
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
 
@@ -206,7 +209,7 @@ def _answer(
 
 
 class _FormParser(MultiPartParser):
-    """Starlette's, which passes over a last part that is cut off; this one knows it.
+    """Starlette's, which passes over a last part that is cut off, and takes what has no filename for text.
 
     Attributes:
         ended: the last boundary has come.
@@ -214,28 +217,57 @@ class _FormParser(MultiPartParser):
 
     ended = False
 
+    def on_headers_finished(self) -> None:
+        """A part's headers (python-multipart): with the type of an image it is a file, named or not (RFC 7578, 4.2)."""
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        kind = next((value for name, value in part.item_headers if name == b"content-type"), b"")
+        nameless = _may_be_image(_media_type(kind.decode("latin-1"))) and not _NAMED.search(disposition)
+        if nameless and disposition:
+            part.content_disposition = disposition + b'; filename="nameless"'
+        super().on_headers_finished()
+        if nameless and part.file:
+            part.file.filename = None
+
     def on_end(self) -> None:
         """The last boundary (python-multipart)."""
         self.ended = True
 
 
 async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if coding := coding_of(request.headers):
+        raise UnsupportedMediaType(
+            f"Content-Encoding {coding[:_SHOWN]!r} is not read here; send the body as it is",
+            headers={"Accept-Encoding": "identity"},
+        )
+    media_type = _media_type(request.headers.get("content-type", ""))
     if media_type == "multipart/form-data":
         uploads = await _read_multipart(request, max_images)
     elif media_type == "application/json":
         body = await read_body(request)
         short = len(body) < SHORT_JSON
         uploads = _read_json(body, max_images) if short else await run_in_threadpool(_read_json, body, max_images)
-    elif media_type in RAW_TYPES or not media_type:
+    elif _may_be_image(media_type) or not media_type:
         uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
             raise MalformedRequest("the body is empty; send an image")
     else:
+        hint = "; with curl: -H 'Content-Type: image/png'" if media_type == "application/x-www-form-urlencoded" else ""
         raise UnsupportedMediaType(
-            f"Content-Type {media_type!r} is not read here; send {', '.join(RAW_TYPES)}, multipart/form-data or application/json"
+            f"Content-Type {media_type[:_SHOWN]!r} is not read here; send image/…, application/octet-stream, "
+            f"multipart/form-data or application/json{hint}",
+            headers={"Accept": "image/*, application/octet-stream, multipart/form-data, application/json"},
         )
     return uploads
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _may_be_image(media_type: str) -> bool:
+    """Whether the bytes are to be looked at: they alone say what they are, under whatever name (image/jpg, image/x-png)."""
+    return media_type.startswith("image/") or media_type in _ANY_BYTES
 
 
 async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
@@ -263,12 +295,15 @@ async def _read_multipart(request: Request, max_images: int) -> list[Upload]:
     except MultiPartException as error:
         if "Too many files" in error.message:
             raise _too_many(max_images) from error
+        if "Part exceeded" in error.message:
+            raise MalformedRequest(_NO_FILE) from error
         raise MalformedRequest(f"the multipart body cannot be read: {error.message}") from error
     if not parser.ended:
         raise MalformedRequest("the form ends before its last boundary; send it whole")
     files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     if len(files) < len(form.multi_items()):
-        raise MalformedRequest("every part of the form must be a file (curl: -F images=@cat.png)")
+        raise MalformedRequest(_NO_FILE)
+    files = [file for file in files if file.size or file.filename != ""]  # as browsers send a field that nobody has filled in
     if not files:
         raise MalformedRequest("the form holds no file; send at least one image")
     return [Upload(await file.read(), file.filename) for file in files]
@@ -288,14 +323,14 @@ def _read_json(body: bytes, max_images: int) -> list[Upload]:
     if _JSON_CONTAINER.match(body) and body.count(b",") + body.count(b"[") + body.count(b"{") > 2 * max_images + _OTHER_MARKS:
         raise _too_many(max_images)
     try:
-        encoded = ClassifyJson.model_validate_json(body).images
+        texts = ClassifyJson.model_validate_json(body).images
     except ValidationError as error:
         reason = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in reason["loc"])[:_SHOWN] or "body"
         raise MalformedRequest(f'the JSON body must be {{"images": ["<base64>", …]}}; {where}: {reason["msg"]}') from error
-    if len(encoded) > max_images:
+    if len(texts) > max_images:
         raise _too_many(max_images)
-    return [_from_base64(text) for text in encoded]
+    return [_from_base64(text) for text in texts]
 
 
 def _too_many(max_images: int) -> TooManyImages:
@@ -304,9 +339,9 @@ def _too_many(max_images: int) -> TooManyImages:
 
 def _from_base64(text: str) -> Upload:
     try:
-        return Upload(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError):
-        return Upload(b"", error=UndecodableImage("the string is not base64 (RFC 4648); encode the whole image file"))
+        return Upload(encoded.decode(text))
+    except ValueError as error:
+        return Upload(b"", error=UndecodableImage(f"the string is not base64 (RFC 4648) of an image file: {error}"))
 
 
 def _all_failed(service: Service, errors: list[ServiceError], predictions: list[Prediction], request_id: str) -> Response:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable
 
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 
 from app.errors import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 
@@ -28,6 +29,12 @@ _MIN_COMPRESSED = 1024
 """Shorter answers fit into one packet anyway."""
 
 
+def coding_of(headers: Headers) -> str:
+    """What a request's body is compressed with: a name, several with commas, or nothing."""
+    codings = ",".join(headers.getlist("content-encoding")).lower().split(",")  # lines are one list (RFC 9110, 5.3)
+    return ", ".join(coding for text in codings if (coding := text.strip()) not in {"", "identity"})
+
+
 async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int], None], surely: int) -> bytes:
     """Decompresses piece by piece, beside the event loop: a bomb ends at the limit.
 
@@ -45,7 +52,10 @@ async def decompress(body: bytes, encoding: str, limit: int, take: Callable[[int
         UnsupportedMediaType: an encoding that is not read here.
     """
     if encoding not in _WBITS:
-        raise UnsupportedMediaType(f"Content-Encoding {encoding[:100]!r} is not read here; send gzip, deflate or none")
+        raise UnsupportedMediaType(
+            f"Content-Encoding {encoding[:100]!r} is not read here; send gzip, deflate or none",
+            headers={"Accept-Encoding": "gzip, deflate"},
+        )
     decompressor = zlib.decompressobj(_WBITS[encoding])
     result = bytearray()
     rest, piece = memoryview(body), b""
@@ -78,7 +88,7 @@ def compress(body: bytes, accept_encoding: str) -> tuple[bytes, str | None]:
 
     Args:
         body: the answer's.
-        accept_encoding: the request's header.
+        accept_encoding: the request's header, of several lines joined.
 
     Returns:
         The body, and its Content-Encoding if it has one.

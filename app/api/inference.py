@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import Header, Request, Response
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -20,7 +22,9 @@ from app.images import DecodedImage
 from app.service import Service
 from app.settings import MOST_DEADLINE_MS
 
-DeadlineHeader = Annotated[int | None, Header(ge=1, le=MOST_DEADLINE_MS, description="Time this request may take.")]
+DeadlineHeader = Annotated[
+    Annotated[int, Field(ge=1, le=MOST_DEADLINE_MS)] | SkipJsonSchema[None], Header(description="Time this request may take.")
+]
 """`X-Deadline-Ms`."""
 
 

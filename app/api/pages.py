@@ -151,7 +151,7 @@ _schema_lock = threading.Lock()
 @functools.cache
 def _schema(app: FastAPI) -> Asset:
     # FastAPI's own route builds it in the event loop, a tenth of a second, and writes it down again for every request
-    return _prepare(to_json(_with_keys(app.openapi())), "application/json")
+    return _prepare(to_json(_with_headers(_with_keys(app.openapi()))), "application/json")
 
 
 def _with_keys(document: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +162,24 @@ def _with_keys(document: dict[str, Any]) -> dict[str, Any]:
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         if "401" in operation["responses"]:
             operation["security"] = [{}, {"key": []}]
+    return document
+
+
+_ALWAYS = {"X-Request-ID": "The request's own, or one that was made."}
+_OF_STATUS = {
+    "401": {"WWW-Authenticate": "How a key is shown; whether one was."},
+    "415": {"Accept": "What is read, if it was the Content-Type.", "Accept-Encoding": "What is read, if it was the coding."},
+    "503": {"Retry-After": "Seconds after which trying again makes sense."},
+}
+
+
+def _with_headers(document: dict[str, Any]) -> dict[str, Any]:
+    """Adds what answers say in headers, which FastAPI would have said of each route anew."""
+    for path, operations in document["paths"].items():
+        for status, answer in ((status, answer) for of in operations.values() for status, answer in of["responses"].items()):
+            said = _ALWAYS if path in {"/livez", "/readyz"} else _ALWAYS | _OF_STATUS.get(status, {})
+            told = {name: {"description": text, "schema": {"type": "string"}} for name, text in said.items()}
+            answer["headers"] = {**told, **answer.get("headers", {})}
     return document
 
 
@@ -181,6 +199,6 @@ def _send(request: Request, asset: Asset, status: HTTPStatus = HTTPStatus.OK) ->
     known = {tag.strip().removeprefix("W/") for line in request.headers.getlist("if-none-match") for tag in line.split(",")}
     if status == HTTPStatus.OK and known & {"*", asset.etag.removeprefix("W/")}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    if asset.zipped and choose_coding(request.headers.get("accept-encoding", ""), {"gzip"}):
+    if asset.zipped and choose_coding(",".join(request.headers.getlist("accept-encoding")), {"gzip"}):
         return Response(asset.zipped, status, {**headers, "Content-Encoding": "gzip"}, asset.media_type)
     return Response(asset.body, status, headers, asset.media_type)

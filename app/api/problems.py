@@ -19,12 +19,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
-from app.errors import CLIENT_LEFT, InvalidParameter, ServiceError, Unauthorized
+from app.errors import CLIENT_LEFT, PHRASES, InvalidParameter, ServiceError
 from app.protection import routed_path
 from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
+_SHOWN = 100
+"""Characters of a client's own path that an error repeats."""
 _OPEN_INFERENCE = re.compile(r"/v2(?:[/?]|$)")
 
 
@@ -41,11 +43,8 @@ def problem_response(path: str, error: ServiceError, request_id: str, prediction
 
 
 def problem_headers(error: ServiceError) -> dict[str, str]:
-    """What the answer to this failure says in headers: when to try again, how to show a key."""
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
-    return headers
+    """What the answer to this failure says in headers: when to try again, how to show a key, what is read instead."""
+    return {**error.headers} if error.retry_after_s is None else {**error.headers, "Retry-After": str(error.retry_after_s)}
 
 
 def problem_body(
@@ -63,7 +62,7 @@ def problem_body(
     # building a model would take longer than all else in a refusal under overload
     problem: dict[str, Any] = {
         "type": "about:blank",
-        "title": status.phrase,
+        "title": PHRASES.get(status) or status.phrase,
         "status": int(status),
         "detail": detail,
         "code": code,
@@ -111,7 +110,8 @@ def install(app: FastAPI) -> None:
         code = status.phrase.lower().replace(" ", "_")
         _note(request.scope, code, error)
         headers = dict(error.headers or {})
-        return _respond(routed_path(request.scope), status, code, str(error.detail), request.state.request_id, headers)
+        detail = _of_path(request, status, headers) if error.detail == status.phrase else str(error.detail)
+        return _respond(routed_path(request.scope), status, code, detail, request.state.request_id, headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_left(request: Request, _: ClientDisconnect) -> Response:
@@ -126,6 +126,16 @@ def install(app: FastAPI) -> None:
     async def defect(request: Request, error: Exception) -> Response:
         _note(request.scope, ServiceError.code, error)
         return defect_response(routed_path(request.scope), error, request.state.request_id)
+
+
+def _of_path(request: Request, status: HTTPStatus, headers: dict[str, str]) -> str:
+    """What is wrong with path or method, in place of Starlette's bare phrase."""
+    path = request.state.exchange.path[:_SHOWN]
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette keeps methods in a set, whose order changes from one process to the next
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
+        return f"{path} takes {headers['Allow']}, not {request.method[:_SHOWN]}"
+    return f"there is no {path} here; /docs has what there is"
 
 
 def _note(scope: Scope, code: str, error: Exception) -> None:

@@ -38,7 +38,6 @@ SERVICE_NAME = "convmixer-serve"
 _LAST_SEND_S = 2.0
 _LONGEST = 256
 """Bytes of what a client chooses, as in the access log: the SDK keeps thousands of spans."""
-_CONTEXT_HEADERS = (b"traceparent", b"tracestate")
 
 
 def asked_for(environment: Mapping[str, str]) -> bool:
@@ -116,10 +115,9 @@ class Traces:
         to_ns = time.time_ns() - time.monotonic_ns()  # from the steady clock to the world's, as that stands now
         begin_ns = int(exchange.begin * 1e9) + to_ns
         end_ns = begin_ns + int(exchange.seconds * 1e9)
-        sent = {name.decode(): value.decode("latin-1") for name, value in exchange.headers if name in _CONTEXT_HEADERS}
         span = self._tracer.start_span(
             f"{exchange.method} {exchange.route}" if exchange.route else exchange.method,
-            self._propagator.extract(sent, self._nothing),
+            self._propagator.extract(_sent_context(exchange), self._nothing),
             self._of_server,
             _attributes(exchange),
             start_time=begin_ns,
@@ -157,6 +155,15 @@ class Traces:
             if not timing.batch_size and name == reached[-1][0]:  # here the image's way ended
                 span.set_status(self._failed)
             span.end(begin_ns + int(seconds * 1e9))
+
+
+def _sent_context(exchange: Exchange) -> dict[str, str]:
+    """What the client says of the trace that it is part of (W3C Trace Context, 3.2.1 and 3.3.1.1)."""
+    parents = [value for name, value in exchange.headers if name == b"traceparent"]
+    if len(parents) != 1:  # of several none can be trusted
+        return {}
+    states = [value for name, value in exchange.headers if name == b"tracestate"]
+    return {"traceparent": parents[0].decode("latin-1"), "tracestate": b",".join(states).decode("latin-1")}
 
 
 def _attributes(exchange: Exchange) -> dict[str, AttributeValue]:

@@ -476,6 +476,8 @@ def test_what_cannot_be_seen_well_is_said(samples):
     assert warnings_of(Image.new("RGB", (40, 40), (200, 10, 10))) == ("the picture is nearly of one colour",)
 
     wide = pictures[0].convert("RGB").resize((320, 80), Image.Resampling.NEAREST)
+    (_, narrow, *_) = warnings_of(wide.resize((3200, 8)))
+    assert "only the middle less than 1% of it" in narrow
     effects = {"crop": "only the middle 25% of it", "squash": "squeezed 4.0 to 1", "pad": "fills only 25%"}
     for mode, effect in effects.items():
         assert effect in warnings_of(wide, ResizeRule(32, mode))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import socket
 
 import httpx
 import onnx
@@ -35,7 +36,10 @@ def test_without_a_key_nothing_is_classified(keyed, samples, content_type, sent)
     headers = {**content_type, **({"Authorization": sent} if sent else {})}
     response = httpx.post(f"{keyed}/classify", content=samples[0].data, headers=headers)
     assert response.status_code == 401
-    assert response.headers["WWW-Authenticate"] == "Bearer"
+    # that one was wrong is told only who has sent one (RFC 6750, 3.1)
+    wrong = sent.startswith("Bearer ")
+    assert response.headers["WWW-Authenticate"] == ('Bearer error="invalid_token"' if wrong else "Bearer")
+    assert ("none of this service's" if wrong else "send `Authorization: Bearer KEY`") in response.json()["detail"]
     assert response.json()["code"] == "unauthorized"
 
 
@@ -116,6 +120,7 @@ def test_a_page_of_an_allowed_origin_may_send_a_key_and_read_refusals(start, sam
     assert preflight.status_code == 200
     assert preflight.headers["Access-Control-Allow-Origin"] == origin["Origin"]
     assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    assert preflight.headers["Access-Control-Allow-Methods"] == "GET, HEAD, POST"
     for key, status in (("secret", 200), ("guess", 401)):
         headers = WEBP | origin | {"Authorization": f"Bearer {key}"}
         response = httpx.post(f"{url}/classify", content=samples[0].data, headers=headers)
@@ -123,7 +128,36 @@ def test_a_page_of_an_allowed_origin_may_send_a_key_and_read_refusals(start, sam
         assert {"X-Request-ID", "Retry-After"} <= set(response.headers["Access-Control-Expose-Headers"].split(", "))
         assert "Access-Control-Allow-Credentials" not in response.headers
     stranger = httpx.options(f"{url}/classify", headers={"Origin": "https://other.example"} | asked)
+    assert stranger.status_code == 400
     assert "Access-Control-Allow-Origin" not in stranger.headers
+
+
+@pytest.mark.parametrize("origins", ["https://shop.example", "https://one.example, https://shop.example", "*"])
+def test_what_the_connection_itself_refuses_may_be_read_by_pages_too(start, origins):
+    url = httpx.URL(start(cors_origins=origins, receive_timeout_s=1).wait_until_ready())
+    for lines, status in (
+        (b"Host: x\r\nHost: y\r\nOrigin: https://shop.example\r\n\r\n", 400),
+        (b"Host: x\r\nOrigin: https://shop.example\r\n" + b"X-A: b\r\n" * 102 + b"\r\n", 431),
+        (b"Host: x\r\nOrigin: https://shop.example\r\n", 408),
+        (b"Host: x\r\nOrigin: https://shop.example\r\nContent-Length: 9\r\nContent-Type: application/json\r\n\r\n", 408),
+        (b"Host: x\r\nOrigin: https://other.example\r\n" + b"X-A: b\r\n" * 102, 431),
+        (b"Host: x\r\n" + b"X-A: b\r\n" * 102, 431),
+    ):
+        with socket.create_connection((url.host, url.port), timeout=60) as connection:
+            connection.sendall(b"POST /classify HTTP/1.1\r\n" + lines)
+            head = connection.makefile("rb").read().partition(b"\r\n\r\n")[0].decode()
+        assert head.startswith(f"HTTP/1.1 {status} ")
+        said = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:])
+        asked = lines.partition(b"Origin: ")[2].partition(b"\r\n")[0].decode()
+        if "*" in origins:
+            allowed = "*"
+        elif asked:
+            allowed = asked if asked in origins else None
+        else:  # it might still have come
+            allowed = origins if "," not in origins else None
+        assert said.get("access-control-allow-origin") == allowed
+        assert ("x-request-id" in said.get("access-control-expose-headers", "")) is (allowed is not None)
+        assert said.get("vary") == (None if "*" in origins else "origin")
 
 
 def refused(start, path) -> str:

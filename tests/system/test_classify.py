@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import re
 import socket
@@ -48,6 +49,96 @@ def test_what_the_bytes_are_counts_and_not_what_they_are_called(client, samples)
             assert response.json()["predictions"][0]["label"] == samples[0].label, kind + parameter
     answer = client.post("/classify", files={"any_name": samples[0].data})
     assert answer.json()["predictions"][0]["label"] == samples[0].label
+
+
+@pytest.mark.parametrize("kind", ["image/jpg", "image/x-png", "image/svg+xml", "binary/octet-stream", "IMAGE/PNG"])
+def test_any_name_of_an_image_is_taken_and_the_bytes_decide(client, samples, kind):
+    answer = client.post("/classify", content=samples[0].data, headers={"Content-Type": kind})
+    assert answer.json()["predictions"][0]["label"] == samples[0].label
+    assert problem(client.post("/classify", content=b"<svg/>", headers={"Content-Type": kind})) == (415, "unsupported_image")
+
+
+def test_what_is_read_instead_is_said_in_headers(client, samples):
+    response = client.post("/classify", content=samples[0].data, headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert problem(response) == (415, "unsupported_media_type")
+    assert "with curl: -H 'Content-Type: image/png'" in response.json()["detail"]
+    assert {"image/*", "multipart/form-data"} < set(response.headers["Accept"].split(", "))
+    assert "curl" not in client.post("/classify", content=b"x", headers={"Content-Type": "text/plain"}).json()["detail"]
+
+
+def test_a_content_encoding_is_refused_by_its_name(client, samples):
+    data = gzip.compress(samples[0].data)
+    for lines in ([("Content-Encoding", "gzip")], [("Content-Encoding", "identity"), ("Content-Encoding", "gzip")]):
+        response = client.post("/classify", content=data, headers=[*WEBP.items(), *lines])
+        assert problem(response) == (415, "unsupported_media_type")
+        assert "Content-Encoding 'gzip'" in response.json()["detail"]
+        assert response.headers["Accept-Encoding"] == "identity"
+    for none in ("identity", ""):
+        assert client.post("/classify", content=samples[0].data, headers=WEBP | {"Content-Encoding": none}).status_code == 200
+
+
+def test_base64_is_taken_as_other_programs_wrap_it(client, samples):
+    text = base64.b64encode(samples[0].data).decode()
+    lines = base64.encodebytes(samples[0].data).decode()
+    wrapped = [text, f"data:image/webp;base64,{text}", lines, lines.replace("\n", "\r\n"), f"DATA:;base64, {text}\n"]
+    answer = client.post("/classify", json={"images": wrapped}).json()
+    assert [prediction["label"] for prediction in answer["predictions"]] == [samples[0].label] * len(wrapped)
+
+
+def test_what_is_wrong_with_base64_is_said(client):
+    wrong = {
+        "QUJDRA": "padding",
+        "QU-_": "URL-safe",
+        "QU*D": "'*'",
+        "data:image/png,x": "':'",
+        "QUJD=QUJD": "padding",
+        "é": "'é'",
+    }
+    answer = client.post("/classify", json={"images": list(wrong)})
+    assert problem(answer) == (422, "undecodable_image")
+    for prediction, word in zip(answer.json()["predictions"], wrong.values(), strict=True):
+        assert word in prediction["error"]["detail"]
+
+
+def test_an_empty_file_is_called_empty(client, samples):
+    files = [("images", ("a.webp", samples[0].data)), ("images", ("b.webp", b""))]
+    predictions = client.post("/classify", files=files).json()["predictions"]
+    assert [p.get("error") for p in predictions] == [None, {"code": "undecodable_image", "detail": "the file is empty"}]
+    response = client.post("/classify", json={"images": [""]})
+    assert (problem(response), response.json()["detail"]) == ((422, "undecodable_image"), "the file is empty")
+
+
+def part(data: bytes, disposition: str = "", content_type: str = "") -> bytes:
+    """One part of a form, with the boundary before it."""
+    kind = f"Content-Type: {content_type}\r\n" if content_type else ""
+    return f'--y\r\nContent-Disposition: form-data; name="images"{disposition}\r\n{kind}\r\n'.encode() + data + b"\r\n"
+
+
+def send_form(client: httpx.Client, *parts: bytes) -> httpx.Response:
+    headers = {"Content-Type": "multipart/form-data; boundary=y"}
+    return client.post("/classify", content=b"".join(parts) + b"--y--\r\n", headers=headers)
+
+
+def test_a_file_needs_no_name_if_it_has_a_type(client, samples):
+    """As Apache's HttpClient, Spring and reqwest send bytes."""
+    data = samples[0].data
+    assert len(data) > 1024
+    kinds = ["image/webp", "IMAGE/PNG; a=b", "application/octet-stream", "binary/octet-stream"]
+    answer = send_form(client, part(data, '; filename="a"'), *(part(data, content_type=kind) for kind in kinds)).json()
+    assert [prediction["label"] for prediction in answer["predictions"]] == [samples[0].label] * 5
+    assert [prediction.get("filename") for prediction in answer["predictions"]] == ["a", None, None, None, None]
+    for text in (b"hi", data):
+        response = send_form(client, part(text))
+        assert problem(response) == (400, "malformed_request")
+        assert "must be a file: it has a filename" in response.json()["detail"]
+    assert send_form(client, part(b"", content_type="image/png")).json()["detail"] == "the file is empty"
+
+
+def test_a_field_that_a_browser_sends_unfilled_is_none(client, samples):
+    unfilled = part(b"", '; filename=""', "application/octet-stream")
+    (prediction,) = send_form(client, unfilled, part(samples[0].data, '; filename="a"')).json()["predictions"]
+    assert (prediction["index"], prediction["label"]) == (0, samples[0].label)
+    assert "holds no file" in send_form(client, unfilled).json()["detail"]
 
 
 @pytest.mark.parametrize("query", ["", "top_k=3", "top_k=10&explain=true", "explain=false"])
@@ -304,7 +395,11 @@ def test_a_path_with_a_lines_end_is_not_the_path_before_it(client, samples):
 
 def test_unknown_paths_and_methods_get_problem_documents_too(client):
     assert problem(client.get("/nothing")) == (404, "not_found")
-    assert problem(client.get("/classify")) == (405, "method_not_allowed")
+    assert "no /nothing here" in client.get("/nothing").json()["detail"]
+    wrong = client.get("/classify")
+    assert problem(wrong) == (405, "method_not_allowed")
+    assert wrong.json()["detail"] == "/classify takes POST, not GET"
+    assert client.post("/").headers["Allow"] == "GET, HEAD"
     assert client.head("/livez").status_code == 405
     # no redirect: it would lead to whatever Host says, and out of TLS that ends before us
     assert problem(client.post("/classify/", headers={"Host": "evil.example"})) == (404, "not_found")
@@ -325,6 +420,10 @@ def test_limits_answer_413_and_name_the_setting(strict_client, samples, tmp_path
     assert (status, code) == (413, "body_too_large")
     assert "CONVMIXER_MAX_BODY_BYTES" in detail
     assert "60,001" in detail
+    large = strict_client.post("/classify", content=b"x" * 60_001, headers=WEBP)
+    assert large.reason_phrase == large.json()["title"] == "Content Too Large"  # as RFC 9110 has it, whatever Python has
+    empty = strict_client.post("/classify", content=b"\xff\xd8\xff\xe0 not a jpeg", headers=WEBP)
+    assert empty.reason_phrase == empty.json()["title"] == "Unprocessable Content"
 
     chunks = (b"x" * 10_000 for _ in range(7))  # chunked: no Content-Length
     assert code_and_detail(strict_client.post("/classify", content=chunks, headers=WEBP))[:2] == (413, "body_too_large")
@@ -437,6 +536,24 @@ def test_documentation_examples_are_true(client, repository: Path, samples):
     ]
     assert {"400", "401", "408", "413", "415", "422", "431", "500", "503", "504"} < set(operation["responses"])
     assert client.get("/docs").status_code == 200
+
+
+def test_the_openapi_document_has_the_headers_of_answers(client, samples):
+    paths = client.get("/openapi.json").json()["paths"]
+    classify_post, infer = paths["/classify"]["post"], paths["/v2/models/{model}/infer"]["post"]
+    for status, name in (
+        ("503", "Retry-After"),
+        ("401", "WWW-Authenticate"),
+        ("415", "Accept-Encoding"),
+        ("200", "X-Request-ID"),
+    ):
+        assert name in classify_post["responses"][status]["headers"]
+        assert name in infer["responses"][status]["headers"]
+    assert "Inference-Header-Content-Length" in infer["responses"]["200"]["headers"]
+    assert "Retry-After" not in paths["/readyz"]["get"]["responses"]["503"]["headers"], "a probe has none"
+    assert list(paths["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    (deadline,) = (parameter["schema"] for parameter in classify_post["parameters"] if parameter["name"] == "x-deadline-ms")
+    assert (deadline["type"], deadline["minimum"], deadline["maximum"]) == ("integer", 1, 3_600_000), "no header is null"
 
 
 def test_every_reference_of_the_openapi_document_leads_somewhere(client):

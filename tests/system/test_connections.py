@@ -302,6 +302,45 @@ def test_what_is_no_request_or_never_ends_gets_a_problem_and_the_connection_is_c
     assert body["request_id"].encode() in head
 
 
+@pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
+def test_space_around_a_value_is_no_part_of_it(base_url, samples, space):
+    data = samples[0].data
+    head = b"POST /classify HTTP/1.1\r\nHost:%bx%b\r\nContent-Type: image/webp%b\r\n" % (space, space, space)
+    chunked = b"Transfer-Encoding: chunked \r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+        len(data),
+        data,
+    )  # no tab: the parser refuses it there
+    probe = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close \r\nContent-Length: 0 \r\n\r\n"
+    with connect(base_url) as connection:
+        connection.sendall(head + chunked + probe)
+        assert [status for status, _, _ in answers(connection)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("line", "content_type", "status"),
+    [
+        (b"POST /classify", b"text/plain", 415),
+        (b"POST /nothing", b"image/png", 404),
+        (b"PUT /classify", b"image/png", 405),
+        (b"POST /classify?top_k=0", b"image/png", 422),
+    ],
+)
+def test_who_waits_to_be_asked_for_a_body_and_is_not_has_its_connection_closed(base_url, line, content_type, status):
+    """What comes next on it might be the body or the next request (RFC 9110, 10.1.1)."""
+    head = b"%b HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\nContent-Length: 5\r\nExpect: 100-Continue\r\n\r\n"
+    with connect(base_url) as connection:
+        connection.sendall(head % (line, content_type))
+        ((got, answer, _),) = answers(connection)  # ends, so it was closed
+    assert got == status
+    assert b"connection: close\r\n" in answer.lower()
+    with connect(base_url) as connection:
+        connection.sendall(head % (b"POST /classify", b"application/json"))
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"no ok")
+        status, answer, _ = next(answers(connection))
+    assert (status, b"connection: close" in answer.lower()) == (400, False)
+
+
 @pytest.mark.parametrize("host", [b"", b"my_service:8000", b"[::1]:8000", b"EXAMPLE.org:", b"xn--bcher-kva.example"])
 def test_whatever_a_host_may_be_is_taken(base_url, host):
     with connect(base_url) as connection:

@@ -427,7 +427,11 @@ def test_a_collector_gets_what_happened_and_when(start, collector, samples):
             "/classify", content=samples[0].data, headers=WEBP | {"traceparent": headers["traceparent"][:-1] + "0"}
         )
         assert asking.get("/readyz").status_code == 200
-    assert [r.status_code for r in (raw, several, refused, unsampled)] == [200, 200, 422, 200]
+        parent = ("traceparent", headers["traceparent"])
+        lines = [*WEBP.items(), parent, ("tracestate", "one=1"), ("tracestate", "two=2")]
+        with_state = asking.post("/classify", content=samples[0].data, headers=lines)
+        orphan = asking.post("/classify", content=samples[0].data, headers=[*lines, parent])
+    assert [r.status_code for r in (raw, several, refused, unsampled, with_state, orphan)] == [200, 200, 422, 200, 200, 200]
     after = time.time_ns()
     assert server.stop() == 0  # and what waits is sent
 
@@ -436,7 +440,12 @@ def test_a_collector_gets_what_happened_and_when(start, collector, samples):
     assert "('deployment.environment.name', 'test')" in resource
     spans = [s for request in collector for r in request.resource_spans for scope in r.scope_spans for s in scope.spans]
     requests = {attributes(s)["convmixer.request_id"]: s for s in spans if s.kind == Span.SPAN_KIND_SERVER}
-    assert set(requests) == {r.headers["X-Request-ID"] for r in (raw, several, refused)}
+    assert set(requests) == {r.headers["X-Request-ID"] for r in (raw, several, refused, with_state, orphan)}
+    # lines of one list are one (W3C Trace Context, 3.3.1.1), and of two parents none is believed
+    assert requests[with_state.headers["X-Request-ID"]].trace_state == "one=1,two=2"
+    assert requests[with_state.headers["X-Request-ID"]].trace_id.hex() == trace_id
+    assert requests[orphan.headers["X-Request-ID"]].trace_id.hex() != trace_id
+    assert not requests[orphan.headers["X-Request-ID"]].parent_span_id
 
     def children(response: httpx.Response) -> list[tuple[int, str, Span]]:
         span = requests[response.headers["X-Request-ID"]]

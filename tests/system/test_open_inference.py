@@ -297,11 +297,29 @@ def test_files_as_base64_and_pixels_without_json(client, oip, pixels, files):
     tensor = {"name": "encoded_images", "shape": [2, 1], "datatype": "BYTES", "data": encoded}
     answer = client.post(INFER, json={"inputs": [tensor], "outputs": [{"name": "logits"}]}).json()
     assert answer["outputs"][0]["data"] == pytest.approx(expected.ravel().tolist(), abs=1e-4)
+    wrapped = {**tensor, "data": ["data:image/webp;base64," + text for (text,) in encoded]}
+    answer = client.post(INFER, json={"inputs": [wrapped], "outputs": [{"name": "logits"}]}).json()
+    assert answer["outputs"][0]["data"] == pytest.approx(expected.ravel().tolist(), abs=1e-4)
     # Triton's raw binary request: no JSON at all
     response = client.post(INFER, content=pixels[0].tobytes(), headers={"Inference-Header-Content-Length": "0"})
     length = int(response.headers["Inference-Header-Content-Length"])
     result = triton.InferenceServerClient.parse_response_body(response.content, header_length=length)
     assert result.as_numpy("logits") == pytest.approx(expected[:1], abs=1e-4)
+
+
+def test_null_is_a_field_that_is_not_there(client, pixels):
+    plain = client.post(INFER, json=as_json(pixels[:1])).json()
+    unset = {"classification": None, "binary_data": None}
+    body = as_json(pixels[:1], id=None, parameters={"binary_data_output": None, "timeout": None})
+    body["inputs"][0] |= {"parameters": None}
+    for outputs in (None, [{"name": name, "parameters": given} for name, given in (("logits", None), ("probabilities", unset))]):
+        answer = client.post(INFER, json={**body, "outputs": outputs}).json()
+        assert [output["name"] for output in answer["outputs"]] == ["logits", "probabilities"]
+        for found, expected in zip(answer["outputs"], plain["outputs"], strict=True):
+            assert found["data"] == pytest.approx(expected["data"], abs=1e-4)
+    nameless = {"inputs": [{**body["inputs"][0], "name": None}]}
+    for needed, message in (({"inputs": None}, "inputs: Field required"), (nameless, "inputs.0.name: Field required")):
+        assert message in error_of(client.post(INFER, json=needed))
 
 
 ZEROS = np.zeros((1, 32, 32, 3), np.uint8)
@@ -368,6 +386,9 @@ def elements(*sizes: int, shape: Any = (2,)) -> tuple[bytes, bytes]:
         (tensor(**BYTES, shape=[1, 2], data=["QUJD", "QUJD"]), b"", None, 400, "BYTES [N] or [N, 1]"),
         (tensor(**BYTES, shape=[1], data=["no base64!"]), b"", None, 400, "encoded_images[0] is no base64"),
         (tensor(**BYTES, shape=[1], data=[7]), b"", None, 400, "encoded_images[0] is no base64"),
+        (tensor(**BYTES, shape=[1], data=["QUJDRA"]), b"", None, 400, "padding"),
+        (tensor(**BYTES, shape=[1], data=["QU-_"]), b"", None, 400, "URL-safe"),
+        (tensor(**BYTES, shape=[1], data=[""]), b"", None, 422, "encoded_images[0]: the file is empty"),
         # the length of the JSON, and what follows it
         (tensor(**BINARY), PIXELS, "", 400, "Inference-Header-Content-Length"),
         (tensor(**BINARY), PIXELS, "-1", 400, "Inference-Header-Content-Length"),
@@ -423,8 +444,12 @@ def test_hostile_requests_are_refused_with_a_word(client, head, tail, length, st
 def test_hostile_compressed_requests(client, body, coding, status, message):
     response = client.post(INFER, content=body, headers={"Content-Encoding": coding})
     assert (response.status_code, message in error_of(response)) == (status, True), response.text
-    for good, name in ((gzip.compress(tensor()), "x-gzip"), (tensor(), "identity")):
+    assert response.headers.get("accept-encoding") == ("gzip, deflate" if status == 415 else None)
+    for good, name in ((gzip.compress(tensor()), "x-gzip"), (tensor(), "identity"), (tensor(), "")):
         assert client.post(INFER, content=good, headers={"Content-Encoding": name}).status_code == 200
+    lines = [("Content-Encoding", "gzip"), ("Content-Encoding", "gzip")]
+    twice = client.post(INFER, content=gzip.compress(gzip.compress(tensor())), headers=lines)
+    assert "'gzip, gzip' is not read here" in error_of(twice)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +462,8 @@ def test_answers_are_compressed_as_the_client_accepts(client, pixels, accepted, 
     assert response.headers.get("content-encoding") == used
     (maps,) = response.json()["outputs"]
     assert len(maps["data"]) == math.prod(maps["shape"]) > 10 * 10 * 10
+    lines = [("Accept-Encoding", item.strip()) for item in accepted.split(",")]
+    assert client.post(INFER, json=body, headers=lines).headers.get("content-encoding") == used
     small = client.post(INFER, json=as_json(pixels[:1]), headers={"Accept-Encoding": accepted})
     assert "content-encoding" not in small.headers
 
@@ -467,16 +494,16 @@ def test_limits_are_those_of_classify_and_failures_the_protocols(tight):
             (b" " * 60_001, {}, 413, "CONVMIXER_MAX_BODY_BYTES"),
             (gzip.compress(b" " * 60_001), {"Content-Encoding": "gzip"}, 413, "when decompressed (CONVMIXER_MAX_BODY_BYTES)"),
             (json.dumps(as_json(ZEROS.repeat(3, 0))), {}, 503, "CONVMIXER_MAX_QUEUE"),
-            (tensor(), {"Authorization": "Bearer lock"}, 401, "asks for a key"),
+            (tensor(), {"Authorization": "Bearer lock"}, 401, "none of this service's"),
             (tensor(), {"X-Deadline-Ms": "soon"}, 422, "x-deadline-ms"),
             (tensor(), {f"X-{number}": "x" for number in range(100)}, 431, "more than 100 headers"),
         ):
             response = client.post(INFER, content=body, headers=headers)
             assert (response.status_code, message in error_of(response)) == (status, True), response.text
             assert ("retry-after" in response.headers) == (status == 503)
-            assert response.headers.get("www-authenticate") == ("Bearer" if status == 401 else None)
-        assert error_of(client.put(INFER)) == "Method Not Allowed"
-        assert error_of(client.post("/v2/models/fast/predict")) == "Not Found"
+            assert response.headers.get("www-authenticate") == ('Bearer error="invalid_token"' if status == 401 else None)
+        assert error_of(client.put(INFER)) == f"{INFER} takes POST, not PUT"
+        assert "no /v2/models/fast/predict here" in error_of(client.post("/v2/models/fast/predict"))
         assert client.post(INFER, content=tensor()).status_code == 200
     for open_to_all in ("/v2", "/v2/health/live", "/v2/health/ready"):
         assert httpx.get(f"{tight}{open_to_all}").status_code == 200
@@ -587,6 +614,7 @@ def test_a_draining_service_says_so():
         for path in ("/v2/health/ready", "/v2/models/fast/ready"):
             response = client.get(path)
             assert (response.status_code, error_of(response)) == (503, "draining")
+            assert response.headers["retry-after"] == "1"
         assert client.get("/v2/health/live").json() == {"live": True}
         response = client.post(INFER, content=tensor())
         assert "shutting down" in error_of(response)

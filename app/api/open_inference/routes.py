@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from app import __version__
-from app.api.codings import compress, decompress
+from app.api.codings import coding_of, compress, decompress
 from app.api.inference import LONG_ANSWER, SHORT_JSON, CountedResponse, DeadlineHeader, infer, read_body
 from app.api.open_inference import tensors
 from app.api.open_inference.schemas import (
@@ -92,9 +92,9 @@ async def infer_tensors(request: Request, x_deadline_ms: DeadlineHeader = None) 
 async def _infer(service: Service, request: Request, asked_ms: int | None, exchange: Exchange) -> Response:
     settings, metadata = service.settings, service.metadata
     body = await read_body(request)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    encoding = coding_of(request.headers)
     with service.bodies.loan() as take:
-        if encoding != "identity":
+        if encoding:
             zeros = 2 * settings.max_images * metadata.input_size**2 * 3  # as JSON; what benchmarks send
             body = await decompress(body, encoding, settings.max_body_bytes, take, zeros)
         header_length = _header_length(request.headers, len(body))
@@ -112,7 +112,7 @@ async def _infer(service: Service, request: Request, asked_ms: int | None, excha
     exchange.timings = [result.timing for result in results if isinstance(result, Outcome | ServiceError) and result.timing]
     outcomes = [_outcome(call, index, result) for index, result in enumerate(results)]
     output_begin = time.monotonic()
-    accepted = request.headers.get("accept-encoding", "")
+    accepted = ",".join(request.headers.getlist("accept-encoding"))
     # megabytes of numbers, written and compressed in the loop, would hold up everybody
     write = functools.partial(_write, call, outcomes, metadata, accepted)
     is_long = call.explain or len(outcomes) * len(metadata.classes) > LONG_ANSWER
@@ -282,7 +282,7 @@ def _header_length(headers: Headers, body_length: int) -> int | None:
 
 def _unless(reason: str | None, request: Request) -> Response | None:
     """A probe's no, if there is a reason for one; it is no refused request, and not counted as one."""
-    return problem_response("/v2", NotServing(reason), request.state.request_id) if reason else None
+    return problem_response("/v2", NotServing(reason, retry_after_s=1), request.state.request_id) if reason else None
 
 
 def _nanoseconds(duration: Duration) -> DurationStatistics:

@@ -13,7 +13,7 @@ from typing import (
     NotRequired,  # pydantic needs this on Python 3.11
 )
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, model_validator
 from typing_extensions import TypedDict
 
 TensorData = Annotated[
@@ -22,9 +22,17 @@ TensorData = Annotated[
 
 
 class _Wire(BaseModel):
-    """What a client sends: no conversions; keys that are not ours are let through, as the protocol asks."""
+    """What a client sends: no conversions; keys that are not ours are let through, as the protocol asks; null is absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, sent: Any) -> Any:
+        """As serializers of typed languages write a field that nobody has set."""
+        if isinstance(sent, dict) and None in sent.values():
+            return {key: value for key, value in sent.items() if value is not None}
+        return sent
 
 
 class InputParameters(_Wire):
@@ -223,11 +231,17 @@ UNKNOWN: dict[int | str, dict[str, Any]] = {status: FAILURES[status] for status 
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A JSON schema without references: what stands in `openapi_extra` cannot have components of its own."""
+    """A JSON schema without references: what stands in `openapi_extra` cannot have components of its own; null is absent."""
     if isinstance(schema, dict):
         if "$ref" in schema:
             return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-        return {key: _inlined(value, definitions) for key, value in schema.items() if key != "$defs"}
+        inlined = {key: _inlined(value, definitions) for key, value in schema.items() if key != "$defs"}
+        if schema.get("type") == "object" and "properties" in schema:
+            for name, value in inlined["properties"].items():
+                if name not in schema.get("required", ()) and "anyOf" not in value:
+                    told = {key: value[key] for key in ("description", "default") if key in value}
+                    inlined["properties"][name] = {"anyOf": [value, {"type": "null"}], **told}
+        return inlined
     return [_inlined(value, definitions) for value in schema] if isinstance(schema, list) else schema
 
 
@@ -237,6 +251,12 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": InferenceResponse,
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         "description": "JSON; or JSON of the length in Inference-Header-Content-Length, followed by tensors as bytes.",
+        "headers": {
+            "Inference-Header-Content-Length": {
+                "description": "Bytes of the JSON, if tensors follow it.",
+                "schema": {"type": "integer", "minimum": 0},
+            }
+        },
     },
     **FAILURES,
 }

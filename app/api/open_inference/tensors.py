@@ -7,8 +7,6 @@ before anything of that size is made.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import itertools
 import math
 import struct
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 
+from app.api import encoded
 from app.api.open_inference.schemas import (
     InferenceRequest,
     InferenceResponse,
@@ -257,9 +256,12 @@ def _flat(tensor: RequestInput) -> list[Any]:
 
 def _from_base64(index: int, text: Any) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise MalformedRequest(f"{ENCODED}[{index}] is no base64 (RFC 4648) of an image file; or send it as bytes") from error
+        if not isinstance(text, str):
+            raise ValueError("it is no string")
+        return encoded.decode(text)
+    except ValueError as error:
+        what = f"{ENCODED}[{index}] is no base64 (RFC 4648) of an image file"
+        raise MalformedRequest(f"{what}: {error}; or send it as bytes") from error
 
 
 def _with_lengths_removed(data: memoryview) -> Iterator[bytes]:
