@@ -346,7 +346,10 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(open_page, other_server, samples
 def test_a_model_without_a_card(other_server):
     assert httpx.get(f"{other_server.url}/card").status_code == 404
     other_server.card.write_text("<h1>Mine</h1>")
-    response = httpx.get(f"{other_server.url}/card")
+    try:
+        response = httpx.get(f"{other_server.url}/card")
+    finally:
+        other_server.card.unlink()  # the server is other tests' as well
     assert response.status_code == 200
     assert "<h1>Mine</h1>" in response.text
 

@@ -158,11 +158,13 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
 
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load)
-        assert cluster.restart(0) == 0
-        wait_for_more(cluster, 1)  # it is in the middle of some load
-        cluster.replicas[1].process.send_signal(signal.SIGKILL)
-        wait_for_more(cluster, 0)
-        killed.set()
+        try:
+            assert cluster.restart(0) == 0
+            wait_for_more(cluster, 1)  # it is in the middle of some load
+            cluster.replicas[1].process.send_signal(signal.SIGKILL)
+            wait_for_more(cluster, 0)
+        finally:
+            killed.set()
         tallies = loaded.result()
     assert all(len(tally.right) == tally.sent > 0 for tally in tallies)
     assert not any(tally.lost for tally in tallies)

@@ -575,10 +575,12 @@ def test_a_worker_that_computes_for_ever_is_seen_soon(session, make, samples, mo
     monkeypatch.setattr("app.engine.scheduler._WAITS", math.inf)
     (future,) = scheduler.submit([samples[0].data])
     give_up = time.monotonic() + TIMEOUT_S
-    while not scheduler.failure():
-        assert time.monotonic() < give_up
-    assert "busy with one image or batch" in scheduler.failure()
-    end.set()
+    try:
+        while not scheduler.failure():
+            assert time.monotonic() < give_up
+        assert "busy with one image or batch" in scheduler.failure()
+    finally:
+        end.set()
     future.result(TIMEOUT_S)
     assert scheduler.failure() is None
 

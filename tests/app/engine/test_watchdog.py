@@ -32,10 +32,12 @@ def at_work(watchdog: Watchdog, step: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert begun.wait(GIVE_UP_S)
-    yield
-    stop.set()
-    thread.join(GIVE_UP_S)
+    try:
+        assert begun.wait(GIVE_UP_S)
+        yield
+    finally:
+        stop.set()
+        thread.join(GIVE_UP_S)
     assert watchdog.busy() == 0
 
 
@@ -64,12 +66,14 @@ def test_a_thread_that_has_no_core_is_given_time_but_not_for_ever(monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with at_work(watchdog, lambda: waiting.wait(GIVE_UP_S)):
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
-        now += 25
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
-        now += 25
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) == 50
-        waiting.set()
+        try:
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
+            now += 25
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
+            now += 25
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) == 50
+        finally:
+            waiting.set()
 
 
 def test_where_there_is_no_clock_of_another_thread_the_walls_counts(monkeypatch):
