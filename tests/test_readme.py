@@ -45,10 +45,14 @@ def test_every_make_target_it_names_exists(readme, repository):
 
 def test_every_subcommand_it_names_exists(readme):
     for name, app in (("convmixer", serving_cli), ("convmixer-train", training_cli)):
-        for command in set(re.findall(rf"{name} ([a-z]+)\b", readme)):
+        commands = set(re.findall(rf"{name} ([a-z]+)\b", readme))
+        assert commands, name
+        for command in commands:
             assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, f"{name} {command}"
 
 
 def test_links_lead_somewhere(readme, repository):
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", readme):
+    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", readme)
+    assert targets
+    for target in targets:
         assert (repository / target).exists(), target
