@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import yaml
 
 from app.settings import ENV_PREFIX, Settings
 from tests.memory import implied_mib
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -186,13 +187,13 @@ def test_the_image_answers_and_stops():
     container = docker("run", "-d", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "-p", "127.0.0.1::8000", IMAGE)  # noqa: S108
     try:
         url = f"http://{docker('port', container, '8000/tcp')}"
-        give_up = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert time.monotonic() < give_up, docker("logs", container)
+
+        def is_ready() -> bool:
+            with suppress(httpx.TransportError):
+                return httpx.get(f"{url}/readyz").status_code == 200
+            return False
+
+        wait_until(is_ready, lambda: docker("logs", container))
         image = (ROOT / "docs" / "images" / "cat.png").read_bytes()
         answer = httpx.post(f"{url}/classify", content=image, headers={"Content-Type": "image/png"})
         assert answer.json()["predictions"][0]["label"] == "cat"

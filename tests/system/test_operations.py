@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
 import httpx
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.broken_model import write_broken_model
-from tests.server import resident_mib
+from tests.waiting import wait_until
 
 WEBP = {"Content-Type": "image/webp"}
 WITH_OPENVINO = pytest.mark.skipif(
@@ -66,8 +65,7 @@ def test_sigterm_finishes_open_requests_and_exits_with_0(start, samples):
         connection.sendall(head.encode() + data[:-1])
         httpx.get(f"{url}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
-        while "Shutting down" not in server.log:
-            assert server.process.poll() is None
+        wait_until(lambda: "Shutting down" in server.log)
         connection.sendall(data[-1:])
         answer = b""
         while chunk := connection.recv(65536):
@@ -113,8 +111,8 @@ def test_what_is_late_for_the_end_is_told_so(start, case):
     wire = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(wire[:-10] if "half" in case else wire)
-        while "queue" in case and "convmixer_busy_workers 1.0" not in httpx.get(f"http://{host}:{port}/metrics").text:
-            pass
+        if "queue" in case:
+            wait_until(lambda: "convmixer_busy_workers 1.0" in httpx.get(f"http://{host}:{port}/metrics").text)
         httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -128,8 +126,7 @@ def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(sta
     server = start(shutdown_delay_s=3)
     url = server.wait_until_ready()
     server.process.send_signal(signal.SIGTERM)
-    while httpx.get(f"{url}/readyz").status_code == 200:
-        assert server.process.poll() is None
+    wait_until(lambda: httpx.get(f"{url}/readyz").status_code != 200)
     assert httpx.get(f"{url}/readyz").json()["reason"] == "draining"
     assert httpx.get(f"{url}/livez").status_code == 200
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
@@ -151,11 +148,11 @@ def test_memory_of_large_pictures_is_given_back(start, samples):
     with httpx.Client(base_url=server.wait_until_ready()) as client:
         for sample in samples[:20]:
             client.post("/classify", content=sample.data, headers=WEBP)
-        before = resident_mib(server)
+        before = server.memory_mib()
         for _ in range(8):
             answer = client.post("/classify", content=picture.getvalue(), headers={"Content-Type": "image/png"})
             assert answer.status_code == 200
-        assert resident_mib(server) < before + 12
+        assert server.memory_mib() < before + 12
 
 
 def test_memory_of_a_busy_hour_is_given_back_when_idle(start, samples):
@@ -164,11 +161,9 @@ def test_memory_of_a_busy_hour_is_given_back_when_idle(start, samples):
     with httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
         for _ in range(4):
             assert client.post("/classify?explain=true", files=form).status_code == 200
-        busy = resident_mib(server)
-        give_up = time.monotonic() + 60
-        while resident_mib(server) > busy - 12:  # what two workers' batches of 8 need, less noise
-            assert time.monotonic() < give_up, f"{busy:.0f} MiB after load, {resident_mib(server):.0f} a minute later"
-            time.sleep(0.2)
+        busy = server.memory_mib()
+        # what two workers' batches of 8 need, less noise
+        wait_until(lambda: server.memory_mib() <= busy - 12, lambda: f"{busy:.0f} MiB after load, now {server.memory_mib():.0f}")
         assert client.post("/classify", content=samples[0].data, headers=WEBP).status_code == 200
 
 

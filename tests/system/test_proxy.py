@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +21,7 @@ from app.client import Client
 from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
+from tests.waiting import wait_until
 from torture.rolling import CONFIGURATION, Cluster
 from torture.target import post
 from torture.traffic import expected_labels
@@ -137,8 +137,7 @@ def wait_for_more(cluster: Cluster, index: int) -> None:
         return float(re.search(r"^convmixer_images_total (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
 
     enough = images() + 100
-    while images() < enough:
-        time.sleep(0.02)
+    wait_until(lambda: images() >= enough)
 
 
 @with_haproxy
