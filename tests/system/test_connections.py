@@ -17,44 +17,18 @@ import pytest
 from PIL import Image
 
 from benchmarks.server import ServerProcess, free_port
+from tests.png import png
 from tests.waiting import wait_until
+from tests.wire import answers, classify_request, connect, metric
 
 RECEIVE_TIMEOUT_S = 1
 CLASSIFY = b"POST /classify HTTP/1.1\r\nHost: x\r\n"
 STALLING = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 99\r\n\r\n--b\r\n"
 
 
-def connect(url: str, **options: int) -> socket.socket:
-    host, _, port = url.removeprefix("http://").partition(":")
-    connection = socket.socket()
-    for name, value in options.items():
-        connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-    connection.settimeout(30)
-    connection.connect((host, int(port)))
-    return connection
-
-
 def send_on_and_on(connection: socket.socket, data: bytes, times: int = 4096) -> None:
     for _ in range(times):
         connection.sendall(data)
-
-
-def classify_request(data: bytes, *headers: str, version: str = "1.1") -> bytes:
-    head = [f"POST /classify HTTP/{version}", "Host: x", "Content-Type: image/webp", f"Content-Length: {len(data)}", *headers]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + data
-
-
-def answers(connection: socket.socket) -> Iterator[tuple[int, bytes, dict]]:
-    """Status, head and JSON of each answer until the server closes."""
-    received = b""
-    while chunk := connection.recv(65536):
-        received += chunk
-        while found := re.match(rb"HTTP/1\.1 (\d+) .*?content-length: (\d+)\r\n.*?\r\n\r\n", received, re.DOTALL):
-            end = found.end() + int(found[2])
-            if len(received) < end:
-                break
-            yield int(found[1]), found[0], json.loads(received[found.end() : end])
-            received = received[end:]
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +184,9 @@ def test_an_empty_line_between_requests_is_no_request_and_silence_ends_the_conne
 
 
 def test_a_request_in_work_is_no_idle_connection_whatever_follows_it(impatient):
-    large = io.BytesIO()
-    Image.new("RGB", (6000, 4000)).save(large, "PNG")
+    large = png("black", (6000, 4000))
     with ExitStack() as others, connect(impatient) as busy:
-        busy.sendall(classify_request(large.getvalue(), "X-Deadline-Ms: 60000") + b"POST /cl")
+        busy.sendall(classify_request(large, "X-Deadline-Ms: 60000") + b"POST /cl")
         for _ in range(8):
             others.enter_context(connect(impatient))
         status, _, _ = next(answers(busy))
@@ -532,11 +505,10 @@ def test_an_earlier_request_is_answered_whatever_is_wrong_with_a_later_one(base_
 def test_a_body_that_arrives_behind_another_request_is_not_hoarded(start, samples):
     server = start(workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
     url = server.wait_until_ready()
-    buffer = io.BytesIO()
-    Image.new("RGB", (9000, 9000)).save(buffer, "PNG")
+    picture = png("black", (9000, 9000))
     form = b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 10000000\r\n\r\n"
     with connect(url) as slow, connect(url) as connection:
-        slow.sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
+        slow.sendall(classify_request(picture, "X-Deadline-Ms: 60000"))
         wait_until(lambda: "convmixer_busy_workers 1.0" in httpx.get(f"{url}/metrics").text)
         server.process.send_signal(signal.SIGSTOP)  # so that all of it is there when it is read
         connection.sendall(classify_request(samples[0].data, "X-Deadline-Ms: 60000") + CLASSIFY + form + bytes(100_000))
@@ -594,8 +566,7 @@ def test_what_was_answered_before_it_had_come_gets_no_second_answer(impatient):
 def test_pictures_that_failed_are_not_kept_while_their_clients_stay(start, samples):
     server = start(workers=2)
     url = server.wait_until_ready()
-    picture = io.BytesIO()
-    Image.new("RGB", (4000, 4000), "red").save(picture, "PNG")  # 61 MiB when decoded
+    picture = png("red", (4000, 4000))  # 61 MiB when decoded
     with ExitStack() as stack:
         connections = [stack.enter_context(connect(url)) for _ in range(12)]
         received = [answers(connection) for connection in connections]
@@ -604,7 +575,7 @@ def test_pictures_that_failed_are_not_kept_while_their_clients_stay(start, sampl
             assert next(answer)[0] == 200
         before = server.memory_mib()
         for connection in connections:  # at once: one that waited for the others would be idle for too long on a slow machine
-            connection.sendall(classify_request(picture.getvalue()[:-500], "X-Deadline-Ms: 60000"))
+            connection.sendall(classify_request(picture[:-500], "X-Deadline-Ms: 60000"))
         assert [next(answer)[0] for answer in received] == [422] * 12
         assert server.memory_mib() < before + 40
 
@@ -612,9 +583,8 @@ def test_pictures_that_failed_are_not_kept_while_their_clients_stay(start, sampl
 def test_images_of_clients_that_left_do_not_wait_for_their_turn(start, samples):
     server = start(workers=1, max_batch=1, coalesce=0)
     url = server.wait_until_ready()
-    slow = io.BytesIO()
-    Image.new("RGB", (6000, 6000), "red").save(slow, "PNG")
-    busy = [("images", ("slow.png", slow.getvalue()))] * 16
+    slow = png("red", (6000, 6000))
+    busy = [("images", ("slow.png", slow))] * 16
     with connect(url) as connection, httpx.Client(base_url=url, timeout=60) as client:
         request = client.build_request("POST", "/classify", files=busy, headers={"X-Deadline-Ms": "60000"})
         body = request.read()
@@ -641,12 +611,11 @@ def test_images_of_clients_that_left_do_not_wait_for_their_turn(start, samples):
 def test_probes_are_answered_though_every_connection_is_busy(start, samples):
     server = start(max_connections=4, workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
     url = server.wait_until_ready()
-    buffer = io.BytesIO()
-    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
+    picture = png("black", (9900, 9900))
     with ExitStack() as stack:
         busy = [stack.enter_context(connect(url)) for _ in range(4)]
         for connection in busy:
-            connection.sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
+            connection.sendall(classify_request(picture, "X-Deadline-Ms: 60000"))
         received = []
         for path in (b"/readyz", b"/classify", b"/livez?verbose", b"/metrics"):
             with connect(url) as connection:
@@ -695,10 +664,9 @@ def test_idle_connections_make_room_for_new_ones(impatient, samples):
 
 def test_a_client_that_closes_its_sending_side_has_left(start):
     url = start().wait_until_ready()
-    picture = io.BytesIO()
-    Image.new("RGB", (4000, 4000), "red").save(picture, "PNG")
+    picture = png("red", (4000, 4000))
     with connect(url) as connection:
-        connection.sendall(classify_request(picture.getvalue(), "X-Deadline-Ms: 60000"))
+        connection.sendall(classify_request(picture, "X-Deadline-Ms: 60000"))
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(1) == b""
     wait_until(lambda: 'convmixer_requests_total{status="499"} 1.0' in httpx.get(f"{url}/metrics").text)
@@ -707,9 +675,8 @@ def test_a_client_that_closes_its_sending_side_has_left(start):
 @pytest.mark.parametrize("behind", [b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", classify_request(bytes(100_000))])
 def test_a_client_that_leaves_with_a_second_request_behind_its_first_is_seen(start, behind):
     url = start(workers=1, max_batch=1, coalesce=0).wait_until_ready()
-    slow = io.BytesIO()
-    Image.new("RGB", (6000, 6000), "red").save(slow, "PNG")
-    request = httpx.Request("POST", f"{url}/classify", files=[("images", ("slow.png", slow.getvalue()))] * 16)
+    slow = png("red", (6000, 6000))
+    request = httpx.Request("POST", f"{url}/classify", files=[("images", ("slow.png", slow))] * 16)
     body = request.read()
     head = f"X-Deadline-Ms: 60000\r\nContent-Type: {request.headers['Content-Type']}\r\nContent-Length: {len(body)}\r\n\r\n"
 
@@ -739,13 +706,12 @@ def test_a_client_that_leaves_in_the_middle_of_its_image_is_counted(start, sampl
 def test_refusals_by_either_way_are_the_same_and_all_are_counted(start, samples):
     """The first on a connection is parsed and the others are not, yet a client or a metric must not see which was which."""
     url = start(workers=1, max_batch=1, max_queue=1, max_pixels=100_000_000, max_side=10_000).wait_until_ready()
-    buffer = io.BytesIO()
-    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
+    picture = png("black", (9900, 9900))
     with ExitStack() as stack:
         metrics = stack.enter_context(httpx.Client(base_url=url))
         # one is decoded for a second, one waits; sent together, the second might come before the first is taken
         for gauge in ("convmixer_busy_workers", "convmixer_queue_depth"):
-            stack.enter_context(connect(url)).sendall(classify_request(buffer.getvalue(), "X-Deadline-Ms: 60000"))
+            stack.enter_context(connect(url)).sendall(classify_request(picture, "X-Deadline-Ms: 60000"))
             wait_until(lambda gauge=gauge: f"{gauge} 1.0" in metrics.get("/metrics").text)
         received = []
         for id_of_the_clients in (["X-Request-ID: mine"], []):
@@ -796,7 +762,7 @@ def test_bodies_held_at_once_are_bounded_over_all_connections(start, samples, co
         return status
 
     def held() -> float:
-        return float(re.search(r"^convmixer_held_bytes (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+        return metric(httpx.get(f"{url}/metrics").text, "convmixer_held_bytes")
 
     def wait_for(count: int) -> None:
         wait_until(lambda: held() == count, lambda: f"{held()} bytes are held, not {count}")

@@ -31,6 +31,7 @@ from app.settings import Settings
 from app.verdict import softmax
 from benchmarks.server import ServerProcess
 from tests.waiting import wait_until
+from tests.wire import metric
 
 INFER = "/v2/models/fast/infer"
 KEY = {"Authorization": "Bearer key"}
@@ -508,7 +509,7 @@ def test_a_client_that_leaves_is_counted_and_its_work_dropped(start, pixels):
         return statistics["inference_stats"]["fail"]["count"]
 
     def classified() -> float:
-        return float(re.search(r"^convmixer_images_total (\S+)", client.get("/metrics").text, re.MULTILINE)[1])
+        return metric(client.get("/metrics").text, "convmixer_images_total")
 
     with httpx.Client(base_url=url) as client:
         before = failures(), classified()

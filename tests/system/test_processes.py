@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -22,10 +21,11 @@ import httpx
 import onnx
 import pytest
 from onnx import TensorProto
-from PIL import Image
 
 from benchmarks.server import ServerProcess, free_port
+from tests.png import png
 from tests.waiting import wait_until
+from tests.wire import classify_request, connect
 
 GIVE_UP_S = 120
 
@@ -182,17 +182,16 @@ def hanging_model(folder: Path, artifact: Path) -> Path:
 
 @pytest.mark.parametrize("way", ["alone, in the event loop", "in a worker"])
 def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, samples, artifact_path, tmp_path, way):
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    picture = png("white", (32, 32))
     # one image a batch: beside another, which is not white, it would be no reason to hang
     server = start(processes=2, workers=1, max_batch=1, model=hanging_model(tmp_path, artifact_path))
     url = server.wait_until_ready()
     expected = classify(url, samples[0].data)
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=GIVE_UP_S) as client:
         if way == "in a worker":
-            hung = pool.submit(client.post, "/classify", files={"images": buffer.getvalue()})
+            hung = pool.submit(client.post, "/classify", files={"images": picture})
         else:
-            hung = pool.submit(client.post, "/classify", content=buffer.getvalue(), headers={"Content-Type": "image/png"})
+            hung = pool.submit(client.post, "/classify", content=picture, headers={"Content-Type": "image/png"})
 
         def is_seen() -> bool:
             if way != "in a worker":  # then it takes no more connections, either
@@ -208,12 +207,11 @@ def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, sa
 
 def test_a_lone_process_whose_model_hangs_ends_itself(start, artifact_path, tmp_path):
     """Docker restarts what ends, and nothing else."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    picture = png("white", (32, 32))
     server = start(workers=1, model=hanging_model(tmp_path, artifact_path))
     url = server.wait_until_ready()
     with pytest.raises(httpx.TransportError):
-        httpx.post(f"{url}/classify", files={"images": buffer.getvalue()}, timeout=GIVE_UP_S)
+        httpx.post(f"{url}/classify", files={"images": picture}, timeout=GIVE_UP_S)
     assert server.wait() == 70
     assert "busy with one image or batch" in server.log
     assert "ends with exit code 70" in server.log
@@ -223,15 +221,15 @@ def test_new_clients_do_not_wait_while_an_upload_is_finished(start, samples):
     server = start(processes=2, workers=1)
     url = server.wait_until_ready()
     address = urlsplit(url)
-    wire = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nContent-Length: {len(samples[0].data)}\r\n\r\n"
-    with socket.create_connection((address.hostname, address.port), timeout=GIVE_UP_S) as connection:
-        connection.sendall(wire.encode() + samples[0].data[:-1])
+    wire = classify_request(samples[0].data)
+    with connect(url) as connection:
+        connection.sendall(wire[:-1])
         httpx.get(f"{url}/livez")
         server.process.send_signal(signal.SIGTERM)
         give_up = time.monotonic() + 10  # less than the time to drain
         while can_connect(address.hostname, address.port):
             assert time.monotonic() < give_up
-        connection.sendall(samples[0].data[-1:])
+        connection.sendall(wire[-1:])
         assert connection.recv(12) == b"HTTP/1.1 200"
     assert server.wait() == 0
 

@@ -22,6 +22,7 @@ from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
 from tests.waiting import wait_until
+from tests.wire import metric
 from torture.rolling import CONFIGURATION, Cluster
 from torture.target import post
 from torture.traffic import expected_labels
@@ -134,7 +135,7 @@ def wait_for_more(cluster: Cluster, index: int) -> None:
     url = f"http://{cluster.addresses[index]}:{cluster.settings['port']}"
 
     def images() -> float:
-        return float(re.search(r"^convmixer_images_total (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+        return metric(httpx.get(f"{url}/metrics").text, "convmixer_images_total")
 
     enough = images() + 100
     wait_until(lambda: images() >= enough)
