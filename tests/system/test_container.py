@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from app.settings import ENV_PREFIX, Settings
+from tests.ipv6 import needs_ipv6
 from tests.memory import implied_mib
 from tests.waiting import wait_until
 
@@ -133,7 +134,7 @@ class Server6(HTTPServer):
     address_family = socket.AF_INET6
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", "::"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1", pytest.param("::", marks=needs_ipv6)])  # noqa: S104
 def test_health_is_readiness_where_it_is_served(host):
     (command,) = re.findall(r"^HEALTHCHECK .*\s+CMD (\[.*\])$", DOCKERFILE.replace("\\\n", " "), re.MULTILINE)
     _, *arguments = json.loads(command)
