@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -118,6 +119,24 @@ def test_a_postponed_signal_raises_at_the_end(interruption, signum, end):
     with pytest.raises(end), interruption.postponed():
         interrupted()
     assert not harmed
+
+
+def test_another_signal_after_a_second_raises_wherever_it_comes(interruption, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    went_on: list[float] = []
+
+    def work() -> None:
+        nonlocal now
+        with interruption.postponed():
+            for pause in (0, 0.9, 0.2):  # the second one is what a wrapper passes on of what the terminal has sent to both
+                now += pause
+                signal.raise_signal(signal.SIGINT)
+                went_on.append(pause)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert went_on == [0, 0.9]
 
 
 def test_a_signal_that_python_dropped_ends_the_next_turn(interruption, monkeypatch):

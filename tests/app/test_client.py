@@ -357,6 +357,14 @@ def test_an_array_of_paths_is_several_images():
             client.classify_many(np.zeros((4, 4, 3), np.uint8))
 
 
+def test_the_path_of_a_url_comes_before_the_services():
+    server = ScriptedServer((200, {}, ANSWER), (200, {}, ANSWER))
+    for path in ("/vision", "/vision/"):
+        with Client(server.url + path) as client:
+            client.classify(b"image")
+    assert [head.partition("?")[0] for head in server.finish()] == ["post /vision/classify"] * 2
+
+
 def test_a_key_and_a_users_name_exclude_one_another():
     with pytest.raises(ValueError, match="leave one out"):
         Client("http://user:password@127.0.0.1:8000", api_key="key")

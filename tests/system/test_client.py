@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
 from types import FrameType
@@ -92,6 +93,12 @@ def test_one_image_of_any_kind(service, samples, labels, kind):
     assert prediction.label == labels[3]
     assert prediction.model.name == service.model().name
     assert prediction.heat_map is None
+
+
+def test_threads_may_share_a_client(service, samples, labels):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda sample: service.classify(sample.data).label, samples))
+    assert found == labels
 
 
 def test_arrays_colour_and_grey_and_a_heat_map(service, samples):

@@ -630,6 +630,7 @@ def test_probes_are_answered_though_every_connection_is_busy(start, samples):
             with connect(url) as connection:
                 connection.sendall(sent)
                 assert [status for status, _, _ in answers(connection)] == [expected]
+        assert metric(httpx.get(f"{url}/metrics").text, 'convmixer_refused_total{reason="connections"}') == 2
         assert [next(answers(connection))[0] for connection in busy] == [200] * 4
         for connection in busy:
             connection.close()
@@ -737,6 +738,22 @@ def test_refusals_by_either_way_are_the_same_and_all_are_counted(start, samples)
     assert 'convmixer_failures_total{code="overloaded"} 11.0' in text
     assert 'convmixer_refused_total{reason="queue_full"} 11.0' in text
     wait_until(lambda: "convmixer_held_bytes 0.0" in httpx.get(f"{url}/metrics").text)
+
+
+def test_what_would_be_late_is_refused_and_counted_as_that(start, samples):
+    url = start(workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000).wait_until_ready()
+    picture = png("black", (9900, 9900))
+    with ExitStack() as stack:
+        for gauge in ("convmixer_busy_workers", "convmixer_queue_depth"):  # one is decoded for a second, one waits
+            stack.enter_context(connect(url)).sendall(classify_request(picture, "X-Deadline-Ms: 60000"))
+            wait_until(lambda gauge=gauge: f"{gauge} 1.0" in httpx.get(f"{url}/metrics").text)
+        hurried = stack.enter_context(connect(url))
+        hurried.sendall(classify_request(samples[0].data, "X-Deadline-Ms: 1"))
+        status, head, body = next(answers(hurried))
+    assert (status, body["code"]) == (503, "overloaded")
+    assert "too long for the deadline of 1 ms" in body["detail"]
+    assert b"retry-after: " in head.lower()
+    assert metric(httpx.get(f"{url}/metrics").text, 'convmixer_refused_total{reason="would_be_late"}') == 1
 
 
 FORM = b'--b\r\nContent-Disposition: form-data; name="images"; filename="x"\r\n\r\n'

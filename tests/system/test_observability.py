@@ -488,3 +488,12 @@ def test_a_collector_that_is_gone_costs_neither_answers_nor_the_stop(start, monk
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
     assert server.stop() == 0
     assert all(json.loads(line)["logger"] for line in server.log.splitlines())
+
+
+def test_lines_may_be_text(start):
+    server = start(log_format="text", access_log="all")
+    httpx.get(f"{server.wait_until_ready()}/model", timeout=TIMEOUT_S)
+    assert server.stop() == 0
+    lines = server.log.splitlines()
+    assert any("GET /model" in line for line in lines), server.log
+    assert not any(line.startswith("{") for line in lines)

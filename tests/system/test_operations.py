@@ -194,6 +194,13 @@ def test_settings_that_contradict_each_other_are_named(start):
     assert "CONVMIXER_DEADLINE_MS=5000 is more than CONVMIXER_MAX_DEADLINE_MS=4000" in server.log
 
 
+def test_on_one_core_there_is_one_worker(start, samples):
+    with httpx.Client(base_url=start(cores=1).wait_until_ready(), timeout=60) as client:
+        assert client.get("/model").json()["workers"] == 1
+        prediction = client.post("/classify", content=samples[0].data, headers=WEBP).json()["predictions"][0]
+        assert prediction["label"] == samples[0].label
+
+
 def test_unknown_and_bad_settings_are_refused(start):
     assert "CONVMIXER_MAX_BODY" in refuses_to_start(start(max_body="1"))
     assert "CONVMIXER_PORT" in refuses_to_start(start(port="http"))

@@ -23,6 +23,7 @@ from playwright.sync_api import expect
 
 from benchmarks.server import ServerProcess
 from tests.browser import find_chromium, open_browser
+from tests.waiting import wait_until
 
 WEBP = {"Content-Type": "image/webp"}
 BROKEN = b"\x89PNG\r\n\x1a\n and then no picture"
@@ -346,6 +347,27 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(open_page, other_server, samples
     assert page.locator("#choose").evaluate("button => button === document.activeElement")
     assert page.evaluate("Object.values(sessionStorage)") == ["open-sesame"]
     assert page.evaluate("Object.values(localStorage)") == []
+
+
+def test_it_asks_about_four_pictures_at_a_time(open_page, samples):
+    page = open_page()
+    held = []
+    page.route("**/classify*", held.append)
+    drop(page, *((f"{number}.webp", sample.data) for number, sample in enumerate(samples[:6])))
+
+    def settled() -> int:
+        page.evaluate("() => new Promise((resolve) => setTimeout(resolve))")  # whatever it would send now, it has sent
+        return len(held)
+
+    wait_until(lambda: settled() >= 4)
+    assert settled() == 4
+    for count in (5, 6):
+        held[count - 5].continue_()
+        wait_until(lambda count=count: settled() >= count)
+        assert settled() == count
+    for route in held[2:]:
+        route.continue_()
+    results(page, 6, "done", "unknown")
 
 
 def test_a_model_without_a_card(other_server):

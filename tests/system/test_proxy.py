@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from app.client import Client
 from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
+from deploy.rolling_update import replicas_up
 from tests.waiting import wait_until
 from tests.wire import metric
 from torture.rolling import CONFIGURATION, Cluster
@@ -99,6 +102,50 @@ def test_what_it_refuses_itself_is_a_problem_document(proxy):
         "code": "not_found",
         "request_id": "",
     }
+
+
+@with_haproxy
+def test_bytes_that_are_no_request_are_a_problem_document_too(cluster):
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"application/problem+json" in head
+    assert json.loads(body)["code"] == "malformed_request"
+
+
+class EndsInTheMiddle(BaseHTTPRequestHandler):
+    """A replica that is well, and breaks each request off."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-")
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@with_haproxy
+def test_what_a_replica_breaks_off_is_told_so():
+    cluster = Cluster(0)
+    try:
+        with ThreadingHTTPServer(("127.0.0.1", cluster.settings["port"]), EndsInTheMiddle) as replica:
+            threading.Thread(target=replica.serve_forever).start()
+            try:
+                cluster.addresses.append("127.0.0.1")  # for the name server
+                wait_until(lambda: replicas_up(cluster.operators) == 1)
+                answer = httpx.post(f"http://127.0.0.1:{cluster.port}/classify", content=b"image", headers=WEBP, timeout=60)
+            finally:
+                replica.shutdown()
+        assert (answer.status_code, answer.json()["code"]) == (502, "bad_gateway")
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+    finally:
+        cluster.stop()
 
 
 @with_haproxy
