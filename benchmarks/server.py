@@ -94,12 +94,12 @@ class ServerProcess:
         """The base URL, once `/readyz` says yes."""
         address = self._address()
         give_up = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < give_up:
+        while time.monotonic() < give_up and self.process.poll() is None:
             with suppress(OSError):  # not yet, or a machine too busy to answer within 5 s
                 urllib.request.urlopen(f"http://{address}/readyz", timeout=5).close()
                 return f"http://{address}"
             time.sleep(0.02)
-        raise RuntimeError(f"the server was not ready within {READY_TIMEOUT_S} s:\n{self.log}")
+        raise RuntimeError(f"the server has ended, or was not ready within {READY_TIMEOUT_S} s:\n{self.log}")
 
     def memory_mib(self, which: str = "VmRSS") -> float:
         """Resident memory now (`VmRSS`) or at its highest (`VmHWM`)."""

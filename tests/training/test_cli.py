@@ -105,14 +105,14 @@ def test_presets_are_listed_with_their_evidence(command_line: CommandLine) -> No
 def test_a_run_may_begin_with_a_checkpoint_learn_from_others_and_be_compiled(
     command_line: CommandLine, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[torch.nn.Module] = []
-    in_place = torch.nn.Module.compile
+    compiled: list[Any] = []
+    compile_with = torch.compile
 
-    def compile_eagerly(module: torch.nn.Module, **options: Any) -> None:
-        compiled.append(module)
-        in_place(module, **options | {"backend": "eager"})
+    def compile_eagerly(network: Any, **options: Any) -> Any:
+        compiled.append(network)
+        return compile_with(network, **options | {"backend": "eager"})
 
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
     options = ["--init", trained, "--teacher", trained, "--teacher", trained, "--compile", "--device=cpu", "--precision=float32"]
     net = [*TINY_NET, "--set=model.patch_size=2"]
     outcome = command_line("train", "--epochs=1", *net, "--data", CIFAR10, "--output", tmp_path, *options)
@@ -121,7 +121,7 @@ def test_a_run_may_begin_with_a_checkpoint_learn_from_others_and_be_compiled(
     digest = hashlib.sha256(trained.read_bytes()).hexdigest()
     assert training["init"]["sha256"] == digest
     assert [teacher["sha256"] for teacher in training["teachers"]] == [digest] * 2
-    assert compiled
+    assert len(compiled) == 3, "the network and its teachers"
 
 
 @pytest.mark.parametrize(
