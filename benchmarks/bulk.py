@@ -23,7 +23,8 @@ from app.cli_images import find_images
 from app.client import Client, Prediction
 from app.cores import available_cores
 from app.load import prepare
-from benchmarks.serve import REPOSITORY, Limit, Server, processor
+from benchmarks.serve import Limit, processor, start_timed
+from benchmarks.server import REPOSITORY
 
 _LIMIT_S = 5.0
 
@@ -39,7 +40,7 @@ def main() -> None:
     paths = list(itertools.islice(itertools.cycle(found), options.images))
     bodies = [Path(path).read_bytes() for path in found[:1000]]
     limit = Limit(bodies, available_cores())
-    server = Server.start(prepare(bodies[0], "application/octet-stream", [limit.label(bodies[0])]))
+    server, _ = start_timed(prepare(bodies[0], "application/octet-stream", [limit.label(bodies[0])]))
     url = f"http://127.0.0.1:{server.port}"
     rates: dict[str, list[float]] = {}
     memory_mib: dict[str, float] = {}

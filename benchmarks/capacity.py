@@ -29,7 +29,8 @@ import numpy as np
 from app.cores import available_cores
 from app.load import Request, poisson, prepare
 from benchmarks.clients import closed_loop, open_loop
-from benchmarks.serve import PHOTOS, Limit, Server, processor
+from benchmarks.serve import PHOTOS, Limit, processor, start_timed
+from benchmarks.server import ServerProcess
 
 UTILISATIONS = (0.5, 0.7, 0.85)
 _SIMULATED = 50_000
@@ -98,7 +99,7 @@ def replicas_for(rate: float, p99_s: float, replica: Replica) -> int | None:
     return count
 
 
-def _measure(server: Server, requests: list[Request], workers: int, seconds: float) -> Replica:
+def _measure(server: ServerProcess, requests: list[Request], workers: int, seconds: float) -> Replica:
     """The replica as the model sees it."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/model") as answer:
         max_batch: int = json.load(answer)["max_batch"]
@@ -126,7 +127,7 @@ def main() -> None:
     workers = max(1, available_cores() // 2)
     limit = Limit(bodies, workers)
     requests = [prepare(body, "image/webp", [limit.label(body)]) for body in bodies]
-    server = Server.start(requests[0], set(ours[:workers]))
+    server, _ = start_timed(requests[0], ours[:workers])
     os.sched_setaffinity(0, ours[workers:] or ours)  # for the clients' processes
     metadata = limit.session.metadata
     print(f"{processor()}, server on {workers} of {len(ours)} cores; {metadata.name} {metadata.version}")

@@ -29,7 +29,8 @@ from pyarrow import parquet
 from app.cores import available_cores
 from app.load import prepare
 from benchmarks.clients import closed_loop
-from benchmarks.serve import PHOTOS, REPOSITORY, Limit, Server, processor
+from benchmarks.serve import PHOTOS, Limit, processor, start_timed
+from benchmarks.server import REPOSITORY
 
 SHARD = 250
 CLIENTS = 8
@@ -89,7 +90,7 @@ def compare_servers(limit: Limit, seconds: float, rounds: int) -> dict[str, list
         )
         file.flush()
         serve = subprocess.Popen([sys.executable, "-m", "ray.serve.scripts", "run", file.name], cwd=REPOSITORY, stdout=sys.stderr)
-        plain = Server.start(requests[0])
+        plain, _ = start_timed(requests[0])
         rates: dict[str, list[float]] = {"convmixer serve": [], "Ray Serve": []}
         try:
             while True:

@@ -17,16 +17,12 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +36,7 @@ from app.images import DecodeLimits, decode_image
 from app.load import Request, Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop, open_loop
+from benchmarks.server import REPOSITORY, ServerProcess, on_cores
 
 CLIENTS = (1, 8, 32, 128)
 MANY_IMAGES = 64
@@ -47,7 +44,6 @@ OVERLOADS = (2, 10)
 DEADLINE_MS = 250
 IDLE_S = 8
 """By then workers have given back what load has left."""
-REPOSITORY = Path(__file__).parent.parent
 PHOTOS = REPOSITORY / "tests" / "data" / "cifar10"
 
 
@@ -84,48 +80,22 @@ class Limit:
         return sum(counts) / (time.perf_counter() - begin)
 
 
-@dataclass(frozen=True)
-class Server:
-    """The real server as a process on a free port."""
-
-    process: subprocess.Popen[str]
-    port: int
-    start_s: float
-
-    @classmethod
-    def start(cls, first: Request, cores: set[int] | None = None) -> Server:
-        """Starts it, on these cores alone if there are any; `start_s` ends with the first right answer."""
-        begin = time.perf_counter()
-        command = [sys.executable, "-m", "app.cli", "serve", "--port", "0"]
-        if cores:
-            command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
-        environment = os.environ | {"CONVMIXER_COALESCE": "false"}  # the same few images come again and again
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once, not at every start
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-        assert process.stderr
-        for line in process.stderr:
-            if found := re.search(r"running on http://[\d.]+:(\d+)", line):
-                port = int(found[1])
-                break
-        else:
-            raise RuntimeError("the server did not start")
-        ready = time.perf_counter() - begin
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or a log that nobody reads would hold it up
+def start_timed(first: Request, cores: Iterable[int] = ()) -> tuple[ServerProcess, float]:
+    """A server with the caller's settings, on these cores alone if any, and how long it took up to its first right answer."""
+    begin = time.perf_counter()
+    under = ["env", "--unset=PYTHONDONTWRITEBYTECODE"]  # an installed package is compiled once, not at every start
+    if cores:
+        under += on_cores(cores)
+    server = ServerProcess(under, keep_settings=True, coalesce="false")  # the same few images come again and again
+    try:
+        port, ready = server.port, time.perf_counter() - begin
         tally = closed_loop(port, [first], 1, 0.01)
         if not tally.right:
             raise RuntimeError("the first answer was wrong")
-        return cls(process, port, ready + tally.right[0])
-
-    def memory_mib(self) -> float:
-        """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        return int(found[1]) / 1024 if found else float("nan")
-
-    def stop(self) -> None:
-        """Ends it."""
-        self.process.terminate()
-        self.process.communicate()
+    except BaseException:
+        server.stop()
+        raise
+    return server, ready + tally.right[0]
 
 
 def main() -> None:
@@ -142,7 +112,7 @@ def main() -> None:
     limit = Limit(bodies, cores)
     labels = [limit.label(body) for body in bodies]
     single = [prepare(body, "image/webp", [label]) for body, label in zip(bodies, labels, strict=True)]
-    server = Server.start(single[0])
+    server, start_s = start_timed(single[0])
     print(f"{processor()}, {cores} cores; Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}")
     rates: dict[str, list[float]] = {}
     p99_ms: dict[int, list[float]] = {}
@@ -177,11 +147,11 @@ def main() -> None:
         idle_memory_mib = server.memory_mib()
     finally:
         server.stop()
-    starts_s = [server.start_s]
+    starts_s = [start_s]
     for _ in range(options.rounds - 1):
-        again = Server.start(single[0])
+        again, start_s = start_timed(single[0])
         again.stop()
-        starts_s.append(again.start_s)
+        starts_s.append(start_s)
 
     results = {
         "processor": processor(),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -14,7 +15,7 @@ import certifi
 import httpx
 import pytest
 
-from tests.server import ServerProcess
+from benchmarks.server import ServerProcess
 
 REPOSITORY = Path(__file__).parent.parent
 IMAGES = Path(__file__).parent / "data" / "cifar10"
@@ -84,26 +85,15 @@ def artifact_path() -> Path:
 @pytest.fixture
 def start() -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers with settings of a test's own; stops what is left of them."""
-    started: list[ServerProcess] = []
-
-    def start_server(**settings: str | Path | int) -> ServerProcess:
-        started.append(ServerProcess(**{name: str(value) for name, value in settings.items()}))
-        return started[-1]
-
-    yield start_server
-    codes = {server: server.stop() for server in started if server.process.poll() is None}
-    for server, code in codes.items():
-        assert code == 0
-        assert "Traceback" not in server.log, server.log
+    with ExitStack() as servers:
+        yield lambda **settings: servers.enter_context(ServerProcess(**settings))
 
 
 @pytest.fixture(scope="session")
 def base_url() -> Iterator[str]:
     """One server with default settings for all tests that do not disturb it."""
-    server = ServerProcess()
-    yield server.wait_until_ready()
-    assert server.stop() == 0
-    assert "Traceback" not in server.log, server.log
+    with ServerProcess() as server:
+        yield server.wait_until_ready()
 
 
 @pytest.fixture(scope="session")
@@ -121,5 +111,4 @@ def convmixer_on_path(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom app.cli import main\nmain()\n"
     )
     command.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVMIXER_")}
-    return environment | {"PATH": f"{folder}:{environment['PATH']}"}
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.server import ServerProcess
 from tests.browser import open_browser
-from tests.server import ServerProcess
 
 SAMPLES = ("coffee-photo", "frog", "automobile", "cat-photo")
 """The last one is shown first."""
@@ -22,11 +22,8 @@ SAMPLES = ("coffee-photo", "frog", "automobile", "cat-photo")
 def main() -> None:
     """Takes the picture."""
     path = Path(sys.argv[1])
-    server = ServerProcess()
-    try:
+    with ServerProcess() as server:
         _take(server.wait_until_ready(), path)
-    finally:
-        server.stop()
     with Image.open(path) as picture:  # with a palette it has half of the size
         colours = picture.convert("RGB")
     colours.quantize(palette=colours.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)

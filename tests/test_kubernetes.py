@@ -63,8 +63,6 @@ def settings(pod: Manifest) -> dict[str, str]:
 
 def loaded(pod: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """What the service would read; a setting that does not exist, or a bad value, stops it."""
-    for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
-        monkeypatch.delenv(name)
     for name, value in settings(pod).items():
         monkeypatch.setenv(name, value)
     return Settings.load()

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from benchmarks.serve import processor
+from benchmarks.server import REPOSITORY
 from torture.fuzz import fuzz, pieces
 from torture.memory import bombs, chunks, failures, large_bodies, soak
 from torture.rolling import rolling
 from torture.slow import slow_clients
-from torture.target import REPOSITORY, Finding
+from torture.target import Finding
 from torture.traffic import leavers, mixed, overload, restarts
 
 REPORT = REPOSITORY / "docs" / "reliability.md"

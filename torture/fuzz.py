@@ -15,7 +15,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from torture.target import REPOSITORY, Finding, now, pictures, post, read_answer, target
+from benchmarks.server import REPOSITORY, ServerProcess
+from torture.target import Finding, now, pictures, post, read_answer
 
 CONNECTIONS = 16
 LIMIT_S = 2.0
@@ -251,7 +252,7 @@ def pieces() -> Finding:
     async def attack(port: int) -> None:
         await asyncio.gather(probe(port), *(_attack(port, lambda: next(wires, None), tally, slow) for _ in range(2)))
 
-    with target(deadline_ms=60_000) as server:
+    with ServerProcess(deadline_ms=60_000) as server:
         asyncio.run(attack(server.port))
     sent, wrong = 4 * len(files), sum(status != 200 for status in health)
     figure = (
@@ -281,7 +282,7 @@ def fuzz(inputs: int, folder: Path | None = None, seed: int = 0) -> Finding:
     async def attack(port: int) -> None:
         await asyncio.gather(*(_attack(port, next_input, tally, slow) for _ in range(CONNECTIONS)))
 
-    with target(deadline_ms=60_000) as server:  # a 504 would say that others were slow, not that this one was bad
+    with ServerProcess(deadline_ms=60_000) as server:  # a 504 would say that others were slow, not that this one was bad
         begin = now()
         asyncio.run(attack(server.port))
         seconds = now() - begin

@@ -12,7 +12,8 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from torture.target import Finding, Target, now, pictures, post, read_answer, target
+from benchmarks.server import ServerProcess
+from torture.target import Finding, now, pictures, post, read_answer
 
 BYTES_PER_PIXEL = 24
 """Most that decoding takes of one pixel; docs/settings.md states the bound with it."""
@@ -52,7 +53,7 @@ async def _send_all(port: int, bodies: list[tuple[bytes, str]]) -> list[int]:
 def bombs() -> Finding:
     """64 pictures at the pixel limit at once; the peak must stay below what the settings imply."""
     pixels, held = 24_000_000, 64 * MIB
-    with target(workers=_WORKERS, max_pixels=pixels, max_held_bytes=held) as server:
+    with ServerProcess(workers=_WORKERS, max_pixels=pixels, max_held_bytes=held) as server:
         asyncio.run(_send_all(server.port, _FEW))
         base = server.memory_mib()
         kinds = _bombs(pixels)
@@ -75,7 +76,7 @@ def failures() -> Finding:
     pixels, count = 24_000_000, 64
     picture = _bombs(pixels)[0][:-1000]
 
-    async def fail_and_stay(server: Target) -> tuple[list[int], float]:
+    async def fail_and_stay(server: ServerProcess) -> tuple[list[int], float]:
         statuses, writers = [], []
         for _ in range(count):
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -87,7 +88,7 @@ def failures() -> Finding:
             writer.close()
         return statuses, after
 
-    with target(workers=_WORKERS, max_pixels=pixels) as server:
+    with ServerProcess(workers=_WORKERS, max_pixels=pixels) as server:
         asyncio.run(_send_all(server.port, _FEW))
         base = server.memory_mib()
         statuses, after = asyncio.run(fail_and_stay(server))
@@ -102,7 +103,7 @@ def large_bodies() -> Finding:
     """64 clients send 16 MiB each, half of them JSON; what is held at once must stay bounded."""
     held = 64 * MIB
     text = json.dumps({"images": [base64.b64encode(bytes(12 * MIB - 64)).decode()]}).encode()
-    with target(max_held_bytes=held) as server:
+    with ServerProcess(max_held_bytes=held) as server:
         asyncio.run(_send_all(server.port, _FEW))
         base = server.memory_mib()
         kinds = [(b"\0" * 16 * MIB, "image/png"), (text, "application/json")]
@@ -116,7 +117,7 @@ def large_bodies() -> Finding:
 def chunks() -> Finding:
     """A million chunks of one byte, each in a segment of its own as far as the kernel allows."""
     count = 1_000_000
-    with target() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+    with ServerProcess() as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")  # this way has been gone before
@@ -164,7 +165,7 @@ def soak(seconds: float) -> Finding:
             return post(bad[which], "image/png"), 422 if which % 2 else 415
         return rare.get(number % 40) or post(good[number % len(good)], "image/webp"), 200
 
-    async def client(server: Target, number: int, end: float) -> int:
+    async def client(server: ServerProcess, number: int, end: float) -> int:
         sent = 0
         while now() < end:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -177,7 +178,7 @@ def soak(seconds: float) -> Finding:
             writer.close()
         return sent
 
-    async def run(server: Target) -> int:
+    async def run(server: ServerProcess) -> int:
         end = now() + seconds
 
         async def watch() -> int:
@@ -188,7 +189,7 @@ def soak(seconds: float) -> Finding:
 
         return sum(await asyncio.gather(watch(), *(client(server, number, end) for number in range(8))))
 
-    with target() as server:
+    with ServerProcess() as server:
         sent = asyncio.run(run(server))
     half = len(samples) // 2
     middle, last = max(samples[half // 2 : half]), max(samples[-half // 2 :])

@@ -16,14 +16,16 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from app.load import Request, prepare
 from benchmarks.clients import closed_loop
+from benchmarks.server import READY_TIMEOUT_S, REPOSITORY, ServerProcess, free_port
 from deploy.rolling_update import replicas_up
-from torture.target import READY_TIMEOUT_S, REPOSITORY, Finding, Target, now, pictures
+from torture.target import Finding, now, pictures
 from torture.traffic import expected_labels
 
 CONFIGURATION = REPOSITORY / "deploy" / "haproxy" / "haproxy.cfg"
@@ -52,10 +54,10 @@ class Cluster:
         **settings: of each, `CONVMIXER_*` without the prefix, in lower case.
     """
 
-    def __init__(self, count: int, **settings: object) -> None:
+    def __init__(self, count: int, **settings: Any) -> None:
         self.addresses = [f"127.0.0.{1 + number}" for number in range(count)]
-        self.settings = {"port": _free_port(), "shutdown_delay_s": 3, **settings}
-        self.port, self.operators = _free_port(), f"127.0.0.1:{_free_port()}"
+        self.settings: dict[str, Any] = {"port": free_port(), "shutdown_delay_s": 3, **settings}
+        self.port, self.operators = free_port(), f"127.0.0.1:{free_port()}"
         self._names = socketserver.UDPServer(("127.0.0.1", 0), _Question)
         self._names.addresses = self.addresses  # type: ignore[attr-defined]
         threading.Thread(target=self._names.serve_forever, daemon=True).start()
@@ -89,8 +91,8 @@ class Cluster:
             with contextlib.suppress(OSError):  # it has not yet begun to listen
                 found = replicas_up(self.operators)
 
-    def _start(self, address: str) -> Target:
-        return Target(None, host=address, **self.settings)
+    def _start(self, address: str) -> ServerProcess:
+        return ServerProcess(host=address, **self.settings)
 
     def stop(self) -> None:
         """Ends all of it."""
@@ -141,9 +143,3 @@ def _large(body: bytes) -> bytes:
 
 def _share_of_large(requests: list[Request]) -> float:
     return sum(len(request.wire) > 131_072 for request in requests) / len(requests)
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("", 0))  # on every address
-        return int(taken.getsockname()[1])

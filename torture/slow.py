@@ -10,7 +10,8 @@ import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from torture.target import Finding, Target, now, percentile, pictures, post, target_apart
+from benchmarks.server import ServerProcess
+from torture.target import Finding, now, percentile, pictures, post, target_apart
 from torture.traffic import Probe, seen_by
 
 CONNECTIONS = 1000
@@ -56,7 +57,7 @@ class Watch:
     The customer is a process of its own, or what probes and counts would slow what it measures.
     """
 
-    def __init__(self, server: Target, seconds: float, at_rest: int) -> None:
+    def __init__(self, server: ServerProcess, seconds: float, at_rest: int) -> None:
         self.most_open, self.crowded_s, begin = 0, 0.0, now()
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             customer = pool.submit(ask, server.port, seconds)

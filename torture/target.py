@@ -1,4 +1,4 @@
-"""The server under attack, as a process of its own, and raw HTTP over sockets: no client library would send this."""
+"""The server under attack, with cores of its own, and raw HTTP over sockets: no client library would send this."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+from benchmarks.server import REPOSITORY, ServerProcess, on_cores
+
 IMAGES = REPOSITORY / "tests" / "data" / "cifar10"
-READY_TIMEOUT_S = 60
 _HEAD = re.compile(rb"HTTP/1\.1 (\d{3}) .*?\r\n\r\n", re.DOTALL)
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
@@ -40,72 +35,8 @@ class Finding:
     kept: bool
 
 
-class Target:
-    """`convmixer serve` on a free port, with settings of the attack's own.
-
-    Args:
-        cores: the only ones it may use; None for all.
-        **settings: `CONVMIXER_*` without the prefix, in lower case.
-    """
-
-    def __init__(self, cores: set[int] | None = None, **settings: object) -> None:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("CONVMIXER_")}
-        environment |= {"CONVMIXER_PORT": "0", **{f"CONVMIXER_{k.upper()}": str(v) for k, v in settings.items()}}
-        command = [sys.executable, "-m", "app.cli", "serve"]
-        if cores:
-            command = ["taskset", "--cpu-list", ",".join(map(str, sorted(cores))), *command]
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-        self._lines: list[str] = []  # a text would be copied for each of a hundred thousand
-        listening = threading.Event()
-        self._reader = threading.Thread(target=self._read_log, args=(listening,), daemon=True)
-        self._reader.start()
-        listening.wait(READY_TIMEOUT_S)
-        found = re.search(r"running on http://[\d.]+:(\d+)", self.log)
-        if not found:
-            raise RuntimeError(f"the server did not start:\n{self.log}")
-        self.port = int(found[1])
-
-    @property
-    def log(self) -> str:
-        """What the server has written so far."""
-        return "".join(self._lines)
-
-    def _read_log(self, listening: threading.Event) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self._lines.append(line)
-            if "running on" in line:
-                listening.set()
-        listening.set()
-
-    def memory_mib(self, which: str = "VmRSS") -> float:
-        """Resident memory now (`VmRSS`) or at its highest (`VmHWM`)."""
-        found = re.search(rf"{which}:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        return int(found[1]) / 1024 if found else float("nan")
-
-    def stop(self) -> int:
-        """Exit code after SIGTERM."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(READY_TIMEOUT_S)
-        self._reader.join(READY_TIMEOUT_S)
-        assert self.process.stderr
-        self.process.stderr.close()
-        return code
-
-
 @contextlib.contextmanager
-def target(cores: set[int] | None = None, **settings: object) -> Iterator[Target]:
-    """A running server, stopped at the end."""
-    server = Target(cores, **settings)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@contextlib.contextmanager
-def target_apart(**settings: object) -> Iterator[Target]:
+def target_apart(**settings: Any) -> Iterator[ServerProcess]:
     """A running server with half of the cores, and this process and what it starts meanwhile with the others.
 
     So it is where clients are other machines: what they cost must not be counted as lost by the server.
@@ -115,7 +46,8 @@ def target_apart(**settings: object) -> Iterator[Target]:
     own, others = set(cores[: len(cores) // 2]), set(cores[len(cores) // 2 :])
     os.sched_setaffinity(0, others)
     try:
-        with target(own or None, **settings) as server:
+        with ServerProcess(on_cores(own) if own else (), **settings) as server:
+            server.wait_until_ready()
             yield server
     finally:
         os.sched_setaffinity(0, before)

@@ -15,9 +15,9 @@ from typing import Any
 
 from app.load import Tally, prepare
 from benchmarks.clients import closed_loop, open_loop
+from benchmarks.server import ServerProcess
 from torture.target import (
     Finding,
-    Target,
     is_whole,
     metrics,
     now,
@@ -25,7 +25,6 @@ from torture.target import (
     pictures,
     post,
     read_answer,
-    target,
     target_apart,
     top_class,
 )
@@ -173,7 +172,7 @@ def _stolen_and_total() -> tuple[int, int]:
 
 def mixed(requests: int) -> Finding:
     """Half of the traffic is malformed; every good answer must be what it is alone."""
-    with target() as server:
+    with ServerProcess() as server:
         bodies = pictures()
         labels = expected_labels(server.port, bodies)
         bad = [b"x" * 500, bodies[0][:60], b"\x89PNG\r\n\x1a\n" + b"\0" * 300, b"GIF89a" + b"\xff" * 100]
@@ -211,7 +210,7 @@ async def _send_one(port: int, body: bytes) -> None:
 
 def leavers() -> Finding:
     """Clients that leave at once: their images must not be decoded or inferred, beyond the batch in work."""
-    with target(workers=1, max_batch=8, coalesce="false") as server:
+    with ServerProcess(workers=1, max_batch=8, coalesce="false") as server:
         before = metrics(server.port)["convmixer_images_total"]
         body = pictures()[0]
         parts = (b'--b\r\nContent-Disposition: form-data; name="i"; filename="x"\r\n\r\n' + body + b"\r\n") * 100
@@ -232,49 +231,49 @@ def restarts(times: int) -> Finding:
     lost, answered, unheard, codes, halves = 0, 0, 0, list[int](), 0
     body = pictures()[0]
     for _ in range(times):
-        server = Target()
-        ending, stop = threading.Event(), threading.Event()
+        with ServerProcess() as server:
+            ending, stop = threading.Event(), threading.Event()
 
-        def client(
-            port: int = server.port, ending: threading.Event = ending, stop: threading.Event = stop
-        ) -> tuple[int, int, int]:
-            good = silent = bad = 0
-            while not stop.is_set():
-                try:
-                    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
-                except OSError:
-                    break  # no longer listening: a load balancer would ask another replica
-                in_time = not ending.is_set()
-                with connection:
+            def client(
+                port: int = server.port, ending: threading.Event = ending, stop: threading.Event = stop
+            ) -> tuple[int, int, int]:
+                good = silent = bad = 0
+                while not stop.is_set():
                     try:
-                        connection.sendall(post(body, "image/webp", close=True))
-                        answer = b""
-                        while piece := connection.recv(65536):
-                            answer += piece
+                        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
                     except OSError:
-                        answer = b""
-                    whole = is_whole(answer)
-                    good += whole and answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 503"))
-                    bad += bool(answer) and not whole
-                    # the kernel takes connections that the server then does not: they are closed with its door
-                    silent += in_time and not answer
-            return good, silent, bad
+                        break  # no longer listening: a load balancer would ask another replica
+                    in_time = not ending.is_set()
+                    with connection:
+                        try:
+                            connection.sendall(post(body, "image/webp", close=True))
+                            answer = b""
+                            while piece := connection.recv(65536):
+                                answer += piece
+                        except OSError:
+                            answer = b""
+                        whole = is_whole(answer)
+                        good += whole and answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 503"))
+                        bad += bool(answer) and not whole
+                        # the kernel takes connections that the server then does not: they are closed with its door
+                        silent += in_time and not answer
+                return good, silent, bad
 
-        with ThreadPoolExecutor(8) as pool, socket.create_connection(("127.0.0.1", server.port), timeout=30) as half:
-            running = [pool.submit(client) for _ in range(8)]
-            wire = post(body, "image/webp", close=True)
-            half.sendall(wire[:-20])
-            while metrics(server.port).get("convmixer_images_total", 0) < 20:
-                pass
-            ending.set()
-            server.process.terminate()
-            while "Shutting down" not in server.log and server.process.poll() is None:
-                pass
-            half.sendall(wire[-20:])
-            halves += half.recv(12) == b"HTTP/1.1 200"
-            stop.set()
-            results = [future.result() for future in running]
-        codes.append(server.stop())
+            with ThreadPoolExecutor(8) as pool, socket.create_connection(("127.0.0.1", server.port), timeout=30) as half:
+                running = [pool.submit(client) for _ in range(8)]
+                wire = post(body, "image/webp", close=True)
+                half.sendall(wire[:-20])
+                while metrics(server.port).get("convmixer_images_total", 0) < 20:
+                    pass
+                ending.set()
+                server.process.terminate()
+                while "Shutting down" not in server.log and server.process.poll() is None:
+                    pass
+                half.sendall(wire[-20:])
+                halves += half.recv(12) == b"HTTP/1.1 200"
+                stop.set()
+                results = [future.result() for future in running]
+            codes.append(server.stop())
         good, silent, bad = (sum(counts) for counts in zip(*results, strict=True))
         answered, unheard, lost = answered + good, unheard + silent, lost + bad
     figure = (

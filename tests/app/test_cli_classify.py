@@ -8,14 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
+from PIL import Image
 
 from app.cli_classify import classify_here
 from app.cli_interrupt import Interruption
+from app.engine.outcome import Outcome
 from app.errors import StartupError
 from app.service import Service
 from app.settings import Settings
+from tests.broken_model import write_broken_model
 
 GIVE_UP_S = 30
 
@@ -28,51 +32,63 @@ def interruption() -> Iterator[Interruption]:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    service = Service(Settings.load(cores=1))
+    service = Service(Settings.load(cores=1, drain_timeout_s=2 * GIVE_UP_S))
     yield service
     service.close()
 
 
-def test_a_model_that_fails_on_everything_ends_it(service, samples, interruption, monkeypatch):
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("the device is lost")
-
-    monkeypatch.setattr(service.session, "infer", broken)
-    with pytest.raises(StartupError, match=r"^the model failed on the last \d+ images; the rows so far are written$"):
-        list(classify_here(service, (str(sample.path) for sample in samples), 1, interruption))
+def test_a_model_that_fails_on_everything_ends_it(artifact_path, interruption, tmp_path):
+    model, white = tmp_path / "broken.onnx", tmp_path / "white.png"
+    write_broken_model(artifact_path, "logits", model)
+    Image.new("RGB", (32, 32), "white").save(white)
+    service = Service(Settings.load(cores=1, model=str(model), coalesce=False))
+    try:
+        with pytest.raises(StartupError, match=r"^the model failed on the last \d+ images; the rows so far are written$"):
+            list(classify_here(service, [str(white)] * 200, 1, interruption))
+    finally:
+        service.close()
 
 
 def test_an_engine_that_hangs_ends_it_soon(service, samples, interruption, monkeypatch):
-    go_on = threading.Event()
+    go_on, left = threading.Event(), threading.Event()
     monkeypatch.setattr("app.cli_classify._LOOK_S", 0.05)
     monkeypatch.setattr(service.scheduler, "hang_timeout_s", 0.1)
     infer = service.session.infer
 
     def hang(*arguments, **options):
         go_on.wait(GIVE_UP_S)
+        left.set()
         return infer(*arguments, **options)
 
     monkeypatch.setattr(service.session, "infer", hang)
-    with pytest.raises(StartupError, match="a worker has been busy with one image or batch"):
-        list(classify_here(service, [str(samples[0].path)], 1, interruption))
-    begin = time.monotonic()
-    service.close()
-    assert time.monotonic() - begin < service.settings.drain_timeout_s / 2
-    go_on.set()
+    try:
+        with pytest.raises(StartupError, match="a worker has been busy with one image or batch"):
+            list(classify_here(service, [str(samples[0].path)], 1, interruption))
+        service.close()
+        assert not left.is_set(), "what hangs was waited for"
+    finally:
+        go_on.set()
 
 
-def test_a_row_waits_for_the_next_file_at_most(service, samples, interruption):
+def test_a_row_waits_for_the_next_file_at_most(service, samples, interruption, monkeypatch):
     asked: list[str] = []
+    answers: list[Future[Outcome]] = []
+    submit = service.scheduler.submit
+
+    def submit_and_tell(images):
+        answers.extend(submit(images))
+        return answers[-1:]
 
     def files() -> Iterator[str]:
         for sample in samples[:50]:  # fewer than are in flight at once
             asked.append(str(sample.path))
             yield asked[-1]
-            time.sleep(0.01)
+            answers[0].result(GIVE_UP_S)
 
+    monkeypatch.setattr(service.scheduler, "submit", submit_and_tell)
     rows = classify_here(service, files(), 1, interruption)
     assert next(rows)["filename"] == asked[0]
-    assert len(asked) < 50
+    assert len(asked) == 2
     assert len(list(rows)) == 49
 
 
@@ -103,6 +119,24 @@ def test_a_postponed_signal_raises_at_the_end(interruption, signum, end):
     with pytest.raises(end), interruption.postponed():
         interrupted()
     assert not harmed
+
+
+def test_another_signal_after_a_second_raises_wherever_it_comes(interruption, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    went_on: list[float] = []
+
+    def work() -> None:
+        nonlocal now
+        with interruption.postponed():
+            for pause in (0, 0.9, 0.2):  # the second one is what a wrapper passes on of what the terminal has sent to both
+                now += pause
+                signal.raise_signal(signal.SIGINT)
+                went_on.append(pause)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert went_on == [0, 0.9]
 
 
 def test_a_signal_that_python_dropped_ends_the_next_turn(interruption, monkeypatch):

@@ -7,9 +7,10 @@ import pytest
 
 from app.processes import Supervisor, _bind
 from app.settings import Settings
+from tests.ipv6 import needs_ipv6
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+@needs_ipv6
 def test_an_address_of_ipv6_means_the_same_for_several_processes_as_for_one():
     with _bind(Settings(host="::", port=0)) as bound:
         assert bound.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1, "as uvloop opens it"

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
-from deploy import rolling_update
+SCRIPT = Path(__file__).parents[2] / "deploy" / "rolling_update.py"
+IMPATIENT = "from deploy import rolling_update; rolling_update.TIMEOUT_S = 0.1; rolling_update.main()"
+DOCKER = """#!/bin/sh
+# an engine on which the containers of the file `running` run; what it is told to change is added to `told`
+cd "$(dirname "$0")" || exit 1
+case "$*" in
+"compose version") exit 0 ;;
+*" ps -q replica")
+    cat running
+    exit 0
+    ;;
+esac
+echo "$*" >> told
+case "$*" in
+*" up "*) echo "new$(($(wc -l < told)))" >> running ;;
+"rm "*) sed -i "/^$2\\$/d" running ;;
+esac
+"""
 
 
 def statistics(up: int, slots: int, asked: int = 0) -> bytes:
@@ -36,50 +58,67 @@ class Statistics(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def answers(monkeypatch) -> Iterator[list[bytes | None]]:
+def answers() -> Iterator[list[bytes | None]]:
     """What the statistics say, one after the other; the last one ever after. None: the connection is cut."""
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.setattr(rolling_update, "_POLL_S", 0)
     with HTTPServer(("127.0.0.1", 0), Statistics) as server:
-        server.answers = []  # type: ignore[attr-defined]
+        server.answers = Answers()  # type: ignore[attr-defined]
+        server.answers.address = f"127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setattr(rolling_update, "OPERATORS", f"127.0.0.1:{server.server_address[1]}")
         yield server.answers  # type: ignore[attr-defined]
         server.shutdown()
         thread.join()
 
 
+class Answers(list[bytes | None]):
+    """With where they are given."""
+
+    address: str
+
+
+class Engine:
+    """Two replicas run, `a` and `b`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "running").write_text("a\nb\n")
+        (folder / "docker").write_text(DOCKER)
+        (folder / "docker").chmod(0o755)
+
+    def update(self, operators: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """What became of the script, or of Python with other arguments."""
+        environment = os.environ | {"PATH": f"{self.folder}:{os.environ['PATH']}", "http_proxy": "http://127.0.0.1:1"}
+        return subprocess.run(
+            [sys.executable, *(arguments or (str(SCRIPT),))],
+            env=environment | {"PUBLISH_OPERATORS": operators},
+            cwd=SCRIPT.parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    @property
+    def told(self) -> list[str]:
+        """What it was told to change."""
+        return (self.folder / "told").read_text().splitlines()
+
+
 @pytest.fixture
-def commands(monkeypatch) -> list[str]:
-    """What the engine was told to change; two replicas run."""
-    told: list[str] = []
-    running = ["a", "b"]
-
-    def run(*command: str) -> str:
-        if "ps" in command:
-            return "\n".join(running)
-        told.append(" ".join(command))
-        if "up" in command:
-            running.append(f"new{len(told)}")
-        if "rm" in command and "compose" not in command:
-            running.remove(command[-1])
-        return ""
-
-    monkeypatch.setattr(rolling_update, "_compose", lambda: ["compose"])
-    monkeypatch.setattr(rolling_update, "_run", run)
-    return told
+def engine(tmp_path) -> Engine:
+    return Engine(tmp_path)
 
 
-UP = "compose up -d --no-recreate --scale replica=3 replica"
+REMOVE = "compose --profile scale rm -f replica"
+UP = "compose --profile scale up -d --no-recreate --scale replica=3 replica"
 
 
-def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, commands, capsys):
+def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, engine):
     two, three = statistics(2, 16), statistics(3, 16)
     answers += [two, None, statistics(2, 16, asked=1), None, b"", two, three, two, two, three]
-    rolling_update.main()
-    assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
-    assert capsys.readouterr().out.splitlines() == ["1 of 2 replaced", "2 of 2 replaced"]
+    ended = engine.update(answers.address)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert engine.told == [REMOVE, UP, "stop a", "rm a", UP, "stop b", "rm b"]
+    assert ended.stdout.splitlines() == ["1 of 2 replaced", "2 of 2 replaced"]
 
 
 @pytest.mark.parametrize(
@@ -90,34 +129,38 @@ def test_one_more_is_in_use_before_an_old_one_is_stopped(answers, commands, caps
         (b"<html>another program</html>", "does not answer at 127.*no HAProxy"),
     ],
 )
-def test_nothing_is_changed_where_an_update_cannot_end(answers, commands, answer, message):
+def test_nothing_is_changed_where_an_update_cannot_end(answers, engine, answer, message):
     answers.append(answer)
-    with pytest.raises(SystemExit, match=message):
-        rolling_update.main()
-    assert commands == ["compose rm -f replica"]
+    ended = engine.update(answers.address)
+    assert ended.returncode == 1
+    assert re.search(message, ended.stderr)
+    assert engine.told == [REMOVE]
 
 
-def test_one_that_was_broken_at_the_begin_is_replaced_too(answers, commands):
+def test_one_that_was_broken_at_the_begin_is_replaced_too(answers, engine):
     one, two = statistics(1, 16), statistics(2, 16)
     answers += [one, one, two, one, two]
-    rolling_update.main()
-    assert commands[1:] == [UP, "docker stop a", "docker rm a", UP, "docker stop b", "docker rm b"]
+    assert engine.update(answers.address).returncode == 0
+    assert engine.told == [REMOVE, UP, "stop a", "rm a", UP, "stop b", "rm b"]
 
 
 @pytest.mark.parametrize(("answer", "message"), [(statistics(2, 16), "sees 2 of 3 replicas"), (None, "does not answer at 127")])
-def test_no_old_one_is_stopped_where_no_new_one_comes(answers, commands, monkeypatch, answer, message):
-    monkeypatch.setattr(rolling_update, "TIMEOUT_S", 0.1)
+def test_no_old_one_is_stopped_where_no_new_one_comes(answers, engine, answer, message):
     answers += [statistics(2, 16), statistics(2, 16), answer]
-    with pytest.raises(SystemExit, match=rf"{message}.* after 0\.1 s: docker compose logs"):
-        rolling_update.main()
-    assert commands[1:] == [UP, "docker stop new2", "docker rm new2"]
+    ended = engine.update(answers.address, "-c", IMPATIENT)
+    assert ended.returncode == 1
+    assert re.search(rf"{message}.* after 0\.1 s: docker compose logs", ended.stderr)
+    assert engine.told == [REMOVE, UP, "stop new2", "rm new2"]
+    assert (engine.folder / "running").read_text() == "a\nb\n"
 
 
-def test_without_docker_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="docker is not on the PATH"):
-        rolling_update.main()
+def test_without_docker_it_says_so(tmp_path):
+    def update() -> str:
+        return subprocess.run(
+            [sys.executable, str(SCRIPT)], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+        ).stderr
+
+    assert update() == "docker is not on the PATH\n"
     (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
-    with pytest.raises(SystemExit, match="docker has no plugin `compose`, and docker-compose is not on the PATH either"):
-        rolling_update.main()
+    assert update() == "docker has no plugin `compose`, and docker-compose is not on the PATH either\n"

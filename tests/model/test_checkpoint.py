@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 
 from model.checkpoint import FORMAT, Checkpoint, CheckpointError, build_model, load_checkpoint, save_checkpoint
 from model.convmixer import ConvMixer
+from tests.disk import files_of_at_most
 
 CLASSES = ["cat", "dog", "ship"]
 
@@ -155,17 +154,6 @@ def test_a_reader_beside_a_run_that_saves_sees_one_whole_file(path: Path) -> Non
     finally:
         finished.set()
         writer.join()
-
-
-@contextmanager
-def files_of_at_most(size_bytes: int) -> Iterator[None]:
-    """The kernel refuses what is longer, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
-from tests.server import ServerProcess, free_port
+from benchmarks.server import ServerProcess, free_port
 
 WEBP = {"Content-Type": "image/webp"}
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -24,9 +24,8 @@ FORM = {"Content-Type": "multipart/form-data; boundary=b"}
 def keyed(tmp_path_factory):
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text("from-file\n\n", encoding="utf-8-sig")  # with the mark of some editors
-    server = ServerProcess(api_keys="first, second", api_keys_file=str(path))
-    yield server.wait_until_ready()
-    assert server.stop() == 0
+    with ServerProcess(api_keys="first, second", api_keys_file=path) as server:
+        yield server.wait_until_ready()
     assert "first" not in server.log
 
 

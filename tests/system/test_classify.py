@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.server import ServerProcess
+from benchmarks.server import ServerProcess
+from tests.waiting import wait_until
+from tests.wire import connect, metric
 
 WEBP = {"Content-Type": "image/webp"}
 
@@ -204,19 +206,16 @@ def test_the_images_of_a_client_that_left_are_dropped(start, samples, tmp_path):
     path = tmp_path / "large.png"
     Image.effect_noise((1500, 1500), 60).save(path)
     images = 12
-    server = start(workers=1, max_body_bytes=10**8)
-    url = server.wait_until_ready()
+    url = start(workers=1, max_body_bytes=10**8).wait_until_ready()
     request = httpx.Request("POST", f"{url}/classify", files=[("images", ("x.png", path.read_bytes()))] * images)
     head = b"POST /classify HTTP/1.1\r\n" + b"".join(b"%s: %s\r\n" % pair for pair in request.headers.raw) + b"\r\n"
-    with socket.create_connection((request.url.host, request.url.port), timeout=60) as connection:
+    with connect(url) as connection:
         connection.sendall(head + request.read())
     with httpx.Client(base_url=url, timeout=60) as other:
         assert other.post("/classify", content=samples[0].data, headers=WEBP).status_code == 200
-        while 'convmixer_requests_total{status="499"} 1.0' not in (text := other.get("/metrics").text):
-            assert server.process.poll() is None
-        done = re.search(r"convmixer_images_total (\d+)", text)
-        assert done
-        assert int(done[1]) - 1 < images / 2
+        wait_until(lambda: 'convmixer_requests_total{status="499"} 1.0' in other.get("/metrics").text)
+        done = metric(other.get("/metrics").text, "convmixer_images_total")
+        assert 1 <= done < 1 + images / 2
 
 
 def test_probabilities_are_ranked_and_sum_to_one(client, samples):
@@ -456,17 +455,9 @@ def test_a_full_queue_answers_503_with_retry_after(strict_client, samples):
 
 @pytest.fixture(scope="module")
 def strict_server():
-    server = ServerProcess(
-        max_body_bytes="60000",
-        max_images="2",
-        max_pixels="10000",
-        max_side="500",
-        max_queue="1",
-        receive_timeout_s="0.5",
-        workers="1",
-    )
-    yield server.wait_until_ready()
-    assert server.stop() == 0
+    limits = {"max_body_bytes": 60_000, "max_images": 2, "max_pixels": 10_000, "max_side": 500, "max_queue": 1}
+    with ServerProcess(**limits, receive_timeout_s=0.5, workers=1) as server:
+        yield server.wait_until_ready()
 
 
 def slow_body(data: bytes, released):

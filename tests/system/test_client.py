@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import csv
 import gc
+import io
 import itertools
 import json
 import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
 from types import FrameType
@@ -26,7 +28,7 @@ from app.client import AsyncClient, ClassificationError, Client, ImageRejected, 
 from app.engine.artifact import read_verified
 from app.engine.session import Session
 from app.images import DecodeLimits, decode_image
-from tests.server import ServerProcess
+from benchmarks.server import ServerProcess
 
 GIVE_UP_S = 30
 
@@ -40,9 +42,8 @@ def service(base_url):
 @pytest.fixture(scope="module")
 def narrow():
     """A server that asks for a key and has room for four images."""
-    server = ServerProcess(api_keys="secret", max_queue="4", workers="1")
-    yield server.wait_until_ready()
-    assert server.stop() == 0
+    with ServerProcess(api_keys="secret", max_queue=4, workers=1) as server:
+        yield server.wait_until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +95,23 @@ def test_one_image_of_any_kind(service, samples, labels, kind):
     assert prediction.heat_map is None
 
 
+def test_threads_may_share_a_client(service, samples, labels):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda sample: service.classify(sample.data).label, samples))
+    assert found == labels
+
+
 def test_arrays_colour_and_grey_and_a_heat_map(service, samples):
     with Image.open(samples[3].path) as image:
         colour, grey = np.asarray(image.convert("RGB")), np.asarray(image.convert("L"))
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
     explained = service.classify(colour, top_k=1, explain=True)
     assert explained.confidence == pytest.approx(service.classify(samples[3].data).confidence, abs=1e-4)
     assert explained.heat_map.label == explained.label
     assert len(explained.heat_map.values) == len(explained.heat_map.values[0])
     alike = service.classify_many(np.stack([grey, grey]))
-    assert len({result.label for result in alike}) == 1
+    assert [result.label for result in alike] == [service.classify(file.getvalue()).label] * 2
 
 
 def test_a_bad_image_alone_is_an_exception_with_all_that_the_server_said(service):

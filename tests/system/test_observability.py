@@ -27,7 +27,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.telemetry.siblings import ParentMetrics
-from tests.server import ServerProcess, free_port
+from benchmarks.server import ServerProcess, free_port
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "observability"
@@ -53,14 +53,13 @@ needs_prometheus = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def server(samples) -> Iterator[ServerProcess]:
     """One server for all of it, with something of everything behind it."""
-    server = ServerProcess(access_log="all", max_held_bytes="100000", api_keys="a-secret-key")
-    url = server.wait_until_ready()
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers={"Authorization": "Bearer a-secret-key"}) as client:
-        server.client = client  # type: ignore[attr-defined]
-        for sample in samples[::20]:
-            assert client.post("/classify", content=sample.data, headers=WEBP).status_code == 200
-        yield server
-    assert server.stop() == 0
+    with ServerProcess(access_log="all", max_held_bytes=100_000, api_keys="a-secret-key") as server:
+        url = server.wait_until_ready()
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S, headers={"Authorization": "Bearer a-secret-key"}) as client:
+            server.client = client  # type: ignore[attr-defined]
+            for sample in samples[::20]:
+                assert client.post("/classify", content=sample.data, headers=WEBP).status_code == 200
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -498,3 +497,12 @@ def test_a_collector_that_is_gone_costs_neither_answers_nor_the_stop(start, monk
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
     assert server.stop() == 0
     assert all(json.loads(line)["logger"] for line in server.log.splitlines())
+
+
+def test_lines_may_be_text(start):
+    server = start(log_format="text", access_log="all")
+    httpx.get(f"{server.wait_until_ready()}/model", timeout=TIMEOUT_S)
+    assert server.stop() == 0
+    lines = server.log.splitlines()
+    assert any("GET /model" in line for line in lines), server.log
+    assert not any(line.startswith("{") for line in lines)

@@ -29,7 +29,9 @@ from app.images import DecodedImage
 from app.main import create_app
 from app.settings import Settings
 from app.verdict import softmax
-from tests.server import ServerProcess
+from benchmarks.server import ServerProcess
+from tests.waiting import wait_until
+from tests.wire import metric
 
 INFER = "/v2/models/fast/infer"
 KEY = {"Authorization": "Bearer key"}
@@ -52,19 +54,8 @@ def version(client) -> str:
 def tight():
     """Every limit low, and keys."""
     limits = {"max_images": 3, "max_queue": 2, "max_body_bytes": 60_000, "max_held_bytes": 100_000, "receive_timeout_s": 1}
-    server = ServerProcess(api_keys="key", **{name: str(value) for name, value in limits.items()})
-    yield server.wait_until_ready()
-    assert server.stop() == 0
-    assert "Traceback" not in server.log, server.log
-
-
-@pytest.fixture(scope="module")
-def counting():
-    """A server of its own: what it counts is what these tests do."""
-    server = ServerProcess(workers="1", max_batch="2", deadline_ms="3600000")
-    yield server.wait_until_ready()
-    assert server.stop() == 0
-    assert "Traceback" not in server.log, server.log
+    with ServerProcess(api_keys="key", **limits) as server:
+        yield server.wait_until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -218,15 +209,16 @@ def test_the_asyncio_client(base_url, version, pixels, files):
     asyncio.run(talk())
 
 
-def test_statistics_count_what_happened(counting, version, pixels, files):
-    with triton.InferenceServerClient(urlsplit(counting).netloc) as oip:
+def test_statistics_count_what_happened(start, version, pixels, files):
+    url = start(workers=1, max_batch=2, deadline_ms=3_600_000).wait_until_ready()
+    with triton.InferenceServerClient(urlsplit(url).netloc) as oip:
         idle = oip.get_inference_statistics()["model_stats"][0]
         assert (idle["inference_count"], idle["execution_count"], idle["last_inference"], idle["batch_stats"]) == (0, 0, 0, [])
         oip.infer("fast", [image_input(pixels[:1])])
         oip.infer("fast", [image_input(files[:5])])
         with pytest.raises(InferenceServerException):
             oip.infer("fast", [image_input(pixels[:1, :16])])
-        httpx.post(f"{counting}/classify", content=files[0])
+        httpx.post(f"{url}/classify", content=files[0])
         (counted,) = oip.get_inference_statistics("fast", version)["model_stats"]
     spent = counted["inference_stats"]
     assert {name: s["count"] for name, s in spent.items()} == {
@@ -242,7 +234,7 @@ def test_statistics_count_what_happened(counting, version, pixels, files):
     assert counted["execution_count"] == sum(b["compute_infer"]["count"] for b in counted["batch_stats"])
     assert all(b["compute_infer"]["ns"] > 0 for b in counted["batch_stats"])
     assert counted["last_inference"] > 1_700_000_000_000
-    metrics = httpx.get(f"{counting}/metrics").text
+    metrics = httpx.get(f"{url}/metrics").text
     assert 'convmixer_requests_total{status="400"} 1.0' in metrics
     assert 'convmixer_requests_total{status="200"} 3.0' in metrics
 
@@ -532,8 +524,9 @@ def test_bodies_held_at_once_and_bodies_that_do_not_arrive(tight):
         assert client.post(INFER, content=bomb, headers={"Content-Encoding": "gzip"}).status_code == 400
 
 
-def test_a_client_that_leaves_is_counted_and_its_work_dropped(counting, pixels):
-    address = urlsplit(counting)
+def test_a_client_that_leaves_is_counted_and_its_work_dropped(start, pixels):
+    url = start(workers=1, max_batch=2, deadline_ms=3_600_000).wait_until_ready()
+    address = urlsplit(url)
     body = tensor(shape=[128, 32, 32, 3], data=None, parameters={"binary_data_size": 128 * 3072})
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: {len(body)}\r\n"
     head += f"Content-Length: {len(body) + 128 * 3072}\r\n\r\n"
@@ -543,14 +536,13 @@ def test_a_client_that_leaves_is_counted_and_its_work_dropped(counting, pixels):
         return statistics["inference_stats"]["fail"]["count"]
 
     def classified() -> float:
-        return float(re.search(r"^convmixer_images_total (\S+)", client.get("/metrics").text, re.MULTILINE)[1])
+        return metric(client.get("/metrics").text, "convmixer_images_total")
 
-    with httpx.Client(base_url=counting) as client:
+    with httpx.Client(base_url=url) as client:
         before = failures(), classified()
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall(head.encode() + body + pixels[:128].tobytes())
-        while failures() == before[0]:
-            pass
+        wait_until(lambda: failures() != before[0])
         assert 'convmixer_requests_total{status="499"} 1.0' in client.get("/metrics").text
         assert client.post(INFER, content=tensor()).status_code == 200
         assert classified() < before[1] + 128

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
 import httpx
 import onnxruntime
 import pytest
-from PIL import Image
 
 from tests.broken_model import write_broken_model
-from tests.server import resident_mib
+from tests.png import png
+from tests.waiting import wait_until
+from tests.wire import answers, classify_request, connect, metric
 
 WEBP = {"Content-Type": "image/webp"}
 WITH_OPENVINO = pytest.mark.skipif(
@@ -38,10 +37,7 @@ def test_probes_and_model_card(client):
 
 def test_metrics_count_what_happened(client, samples):
     def value(name: str) -> float:
-        for line in client.get("/metrics").text.splitlines():
-            if line.startswith(name + " "):
-                return float(line.split()[1])
-        return 0.0
+        return metric(client.get("/metrics").text, name)
 
     names = [
         "convmixer_images_total",
@@ -59,40 +55,32 @@ def test_metrics_count_what_happened(client, samples):
 def test_sigterm_finishes_open_requests_and_exits_with_0(start, samples):
     server = start()
     url = server.wait_until_ready()
-    host, _, port = url.removeprefix("http://").partition(":")
-    data = samples[0].data
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data[:-1])
+    wire = classify_request(samples[0].data)
+    with connect(url) as connection:
+        connection.sendall(wire[:-1])
         httpx.get(f"{url}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
-        while "Shutting down" not in server.log:
-            assert server.process.poll() is None
-        connection.sendall(data[-1:])
-        answer = b""
-        while chunk := connection.recv(65536):
-            answer += chunk
-    assert answer.startswith(b"HTTP/1.1 200 ")
+        wait_until(lambda: "Shutting down" in server.log)
+        connection.sendall(wire[-1:])
+        assert [status for status, _, _ in answers(connection)] == [200]
     assert server.wait() == 0
     assert "Traceback" not in server.log
 
 
 def test_an_upload_that_never_ends_does_not_hold_up_the_end(start):
     server = start(receive_timeout_s=2, drain_timeout_s=600)
-    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 100\r\n\r\nhalf")
-        httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
+    url = server.wait_until_ready()
+    with connect(url) as connection:
+        connection.sendall(classify_request(bytes(100))[:-96])
+        httpx.get(f"{url}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert answer.startswith(b"HTTP/1.1 408 ")
+        assert [status for status, _, _ in answers(connection)] == [408]
     assert server.wait() == 0
 
 
 def test_what_still_owes_the_rest_after_its_answer_does_not_hold_up_the_end(start):
     server = start(drain_timeout_s=600, receive_timeout_s=600)
-    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with connect(server.wait_until_ready()) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhas")
         assert connection.recv(12) == b"HTTP/1.1 200"
         server.process.send_signal(signal.SIGTERM)
@@ -102,24 +90,21 @@ def test_what_still_owes_the_rest_after_its_answer_does_not_hold_up_the_end(star
 @pytest.mark.parametrize("case", ["half an image", "half a form", "a form in the queue"])
 def test_what_is_late_for_the_end_is_told_so(start, case):
     server = start(drain_timeout_s=2, workers=1, max_batch=1, max_pixels=100_000_000, max_side=10_000)
-    host, _, port = server.wait_until_ready().removeprefix("http://").partition(":")
-    buffer = io.BytesIO()
-    Image.new("RGB", (9900, 9900)).save(buffer, "PNG")
-    body, content_type = buffer.getvalue(), "image/png"
+    url = server.wait_until_ready()
+    picture = png("black", (9900, 9900))
+    body, content_type = picture, "image/png"
     if "form" in case:
         part = b'--b\r\nContent-Disposition: form-data; name="x"; filename="x"\r\n\r\n' + body + b"\r\n"
         body, content_type = part * 16 + b"--b--\r\n", "multipart/form-data; boundary=b"
     head = f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Deadline-Ms: 60000\r\nContent-Type: {content_type}\r\n"
     wire = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with connect(url) as connection:
         connection.sendall(wire[:-10] if "half" in case else wire)
-        while "queue" in case and "convmixer_busy_workers 1.0" not in httpx.get(f"http://{host}:{port}/metrics").text:
-            pass
-        httpx.get(f"http://{host}:{port}/livez")  # the server has read what was sent before
+        if "queue" in case:
+            wait_until(lambda: "convmixer_busy_workers 1.0" in httpx.get(f"{url}/metrics").text)
+        httpx.get(f"{url}/livez")  # the server has read what was sent before
         server.process.send_signal(signal.SIGTERM)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b'"not_serving"' in answer
+        assert [(status, body["code"]) for status, _, body in answers(connection)] == [(503, "not_serving")]
     assert server.wait() == 0
     assert "Traceback" not in server.log
 
@@ -128,8 +113,7 @@ def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(sta
     server = start(shutdown_delay_s=3)
     url = server.wait_until_ready()
     server.process.send_signal(signal.SIGTERM)
-    while httpx.get(f"{url}/readyz").status_code == 200:
-        assert server.process.poll() is None
+    wait_until(lambda: httpx.get(f"{url}/readyz").status_code != 200)
     assert httpx.get(f"{url}/readyz").json()["reason"] == "draining"
     assert httpx.get(f"{url}/livez").status_code == 200
     assert httpx.post(f"{url}/classify", content=samples[0].data, headers=WEBP).status_code == 200
@@ -146,16 +130,15 @@ def refuses_to_start(server) -> str:
 
 def test_memory_of_large_pictures_is_given_back(start, samples):
     server = start(workers=2, max_batch=2)
-    picture = io.BytesIO()
-    Image.new("RGB", (3000, 2000)).save(picture, "PNG")  # 23 MiB when decoded
+    picture = png("black", (3000, 2000))  # 23 MiB when decoded
     with httpx.Client(base_url=server.wait_until_ready()) as client:
         for sample in samples[:20]:
             client.post("/classify", content=sample.data, headers=WEBP)
-        before = resident_mib(server)
+        before = server.memory_mib()
         for _ in range(8):
-            answer = client.post("/classify", content=picture.getvalue(), headers={"Content-Type": "image/png"})
+            answer = client.post("/classify", content=picture, headers={"Content-Type": "image/png"})
             assert answer.status_code == 200
-        assert resident_mib(server) < before + 12
+        assert server.memory_mib() < before + 12
 
 
 def test_memory_of_a_busy_hour_is_given_back_when_idle(start, samples):
@@ -164,11 +147,9 @@ def test_memory_of_a_busy_hour_is_given_back_when_idle(start, samples):
     with httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
         for _ in range(4):
             assert client.post("/classify?explain=true", files=form).status_code == 200
-        busy = resident_mib(server)
-        give_up = time.monotonic() + 60
-        while resident_mib(server) > busy - 12:  # what two workers' batches of 8 need, less noise
-            assert time.monotonic() < give_up, f"{busy:.0f} MiB after load, {resident_mib(server):.0f} a minute later"
-            time.sleep(0.2)
+        busy = server.memory_mib()
+        # what two workers' batches of 8 need, less noise
+        wait_until(lambda: server.memory_mib() <= busy - 12, lambda: f"{busy:.0f} MiB after load, now {server.memory_mib():.0f}")
         assert client.post("/classify", content=samples[0].data, headers=WEBP).status_code == 200
 
 
@@ -191,16 +172,15 @@ def test_an_artifact_without_hash_or_of_another_kind_is_refused(start, tmp_path)
 
 
 def test_a_model_that_fails_is_told_image_by_image_and_then_ends_the_process(start, artifact_path, samples, tmp_path):
-    model, white = tmp_path / "broken.onnx", io.BytesIO()
+    model, white = tmp_path / "broken.onnx", png("white", (32, 32))
     write_broken_model(artifact_path, "logits", model)
-    Image.new("RGB", (32, 32), "white").save(white, "PNG")
     server = start(model=model, coalesce=0)
     with httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
-        response = client.post("/classify", files=[("images", samples[0].data), ("images", white.getvalue())])
+        response = client.post("/classify", files=[("images", samples[0].data), ("images", white)])
         assert response.status_code == 200
         good, bad = response.json()["predictions"]
         assert (good["label"], bad["error"]["code"]) == (samples[0].label, "inference_failed")
-        response = client.post("/classify", files=[("images", white.getvalue())] * 32)
+        response = client.post("/classify", files=[("images", white)] * 32)
         assert (response.status_code, response.json()["code"]) == (500, "inference_failed")
     assert server.wait() == 70
     assert re.search("failed on the last 3[23] images", server.log), server.log  # one of the first request may be among them
@@ -212,6 +192,13 @@ def test_settings_that_contradict_each_other_are_named(start):
     assert "CONVMIXER_MAX_IMAGES=128 is more than CONVMIXER_MAX_QUEUE=64" in server.log
     assert "is more than CONVMIXER_MAX_HELD_BYTES=1000000" in server.log
     assert "CONVMIXER_DEADLINE_MS=5000 is more than CONVMIXER_MAX_DEADLINE_MS=4000" in server.log
+
+
+def test_on_one_core_there_is_one_worker(start, samples):
+    with httpx.Client(base_url=start(cores=1).wait_until_ready(), timeout=60) as client:
+        assert client.get("/model").json()["workers"] == 1
+        prediction = client.post("/classify", content=samples[0].data, headers=WEBP).json()["predictions"][0]
+        assert prediction["label"] == samples[0].label
 
 
 def test_unknown_and_bad_settings_are_refused(start):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -22,20 +21,20 @@ import httpx
 import onnx
 import pytest
 from onnx import TensorProto
-from PIL import Image
 
-from tests.server import ServerProcess, free_port
+from benchmarks.server import ServerProcess, free_port
+from tests.png import png
+from tests.waiting import wait_until
+from tests.wire import classify_request, connect
 
 GIVE_UP_S = 120
 
 
 @pytest.fixture(scope="module")
 def pair():
-    server = ServerProcess(processes="2", workers="1")
-    server.wait_until_ready()
-    yield server
-    assert server.stop() == 0
-    assert "Traceback" not in server.log
+    with ServerProcess(processes=2, workers=1) as server:
+        server.wait_until_ready()
+        yield server
 
 
 def processes(url: str) -> dict[int, float]:
@@ -50,10 +49,7 @@ def parents(metrics: str) -> dict[str, float]:
 
 
 def both(url: str) -> dict[int, float]:
-    give_up = time.monotonic() + GIVE_UP_S
-    while len(found := processes(url)) != 2:
-        assert time.monotonic() < give_up, found
-    return found
+    return wait_until(lambda: found if len(found := processes(url)) == 2 else None)
 
 
 def classify(url: str, data: bytes) -> str:
@@ -74,10 +70,9 @@ def test_every_process_answers_and_is_counted(pair, samples):
     with ThreadPoolExecutor(16) as pool:
         labels = list(pool.map(lambda sample: classify(url, sample.data), samples[:100]))
     assert sum(label == sample.label for label, sample in zip(labels, samples, strict=False)) > 80
-    give_up = time.monotonic() + GIVE_UP_S
-    while sum((after := both(url)).values()) - sum(before.values()) != 100:  # what is gathered holds for a second
-        assert time.monotonic() < give_up, (before, after)
-    assert after.keys() == before.keys()
+    # what is gathered holds for a second
+    wait_until(lambda: sum(both(url).values()) - sum(before.values()) == 100, lambda: (before, both(url)))
+    assert both(url).keys() == before.keys()
 
 
 def test_a_killed_process_is_replaced_and_the_other_goes_on(pair, samples):
@@ -91,14 +86,16 @@ def test_a_killed_process_is_replaced_and_the_other_goes_on(pair, samples):
     os.kill(victim, signal.SIGKILL)
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: classify(url, samples[0].data), range(40))) == {expected}
-    give_up = time.monotonic() + GIVE_UP_S
-    while victim in (found := both(url)):
-        assert time.monotonic() < give_up, found
+    wait_until(lambda: victim not in both(url))
     assert f"process {victim} ended with -9; it is replaced" in pair.log
+
+    def told() -> dict[str, float]:
+        return parents(httpx.get(f"{url}/metrics").text)
+
     name = "convmixer_process_replacements_total"
     # each process gathers once a second, so one that answers may not have heard of it yet
-    while (told := parents(httpx.get(f"{url}/metrics").text)) != before | {name: before[name] + 1}:
-        assert time.monotonic() < give_up, told
+    expected_count = before | {name: before[name] + 1}
+    wait_until(lambda: told() == expected_count, told)
 
 
 def test_what_cannot_start_is_not_started_again_and_again(start, tmp_path):
@@ -131,18 +128,21 @@ def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, sam
     first, second = both(url)
     model.unlink()
     os.kill(first, signal.SIGKILL)
-    give_up = time.monotonic() + GIVE_UP_S
-    while not re.search(r"process \d+ ended with 3; it is replaced", server.log):
-        assert time.monotonic() < give_up, server.log
+
+    def has_tried() -> bool:
         assert classify(url, samples[0].data) == samples[0].label
+        return bool(re.search(r"process \d+ ended with 3; it is replaced", server.log))
+
+    def told() -> dict[str, float]:
+        return parents(httpx.get(f"{url}/metrics").text)
+
+    wait_until(has_tried, lambda: server.log)
     # nobody ever scrapes what does not start: its parent counts it
-    while (told := parents(httpx.get(f"{url}/metrics").text))["convmixer_process_replacements_total"] < 2:
-        assert time.monotonic() < give_up, server.log
-    assert told["convmixer_processes"] == 2 > len(processes(url))
+    wait_until(lambda: told()["convmixer_process_replacements_total"] >= 2, lambda: server.log)
+    assert told()["convmixer_processes"] == 2 > len(processes(url))
     shutil.copy(artifact_path, model)
-    while first in (found := both(url)):
-        assert time.monotonic() < give_up, server.log
-    assert second in found
+    wait_until(lambda: first not in both(url), lambda: server.log)
+    assert second in both(url)
     assert server.stop() == 0
 
 
@@ -182,37 +182,36 @@ def hanging_model(folder: Path, artifact: Path) -> Path:
 
 @pytest.mark.parametrize("way", ["alone, in the event loop", "in a worker"])
 def test_a_process_whose_model_hangs_is_replaced_and_the_other_goes_on(start, samples, artifact_path, tmp_path, way):
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    picture = png("white", (32, 32))
     # one image a batch: beside another, which is not white, it would be no reason to hang
     server = start(processes=2, workers=1, max_batch=1, model=hanging_model(tmp_path, artifact_path))
     url = server.wait_until_ready()
     expected = classify(url, samples[0].data)
     with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=url, timeout=GIVE_UP_S) as client:
         if way == "in a worker":
-            hung = pool.submit(client.post, "/classify", files={"images": buffer.getvalue()})
+            hung = pool.submit(client.post, "/classify", files={"images": picture})
         else:
-            hung = pool.submit(client.post, "/classify", content=buffer.getvalue(), headers={"Content-Type": "image/png"})
-        give_up = time.monotonic() + GIVE_UP_S
-        while "a worker has been busy with one image or batch" not in server.log:
-            assert time.monotonic() < give_up, server.log
+            hung = pool.submit(client.post, "/classify", content=picture, headers={"Content-Type": "image/png"})
+
+        def is_seen() -> bool:
             if way != "in a worker":  # then it takes no more connections, either
                 assert classify(url, samples[0].data) == expected
+            return "a worker has been busy with one image or batch" in server.log
+
+        wait_until(is_seen, lambda: server.log)
         assert isinstance(hung.exception(GIVE_UP_S), httpx.TransportError)
-    while "ended with 70; it is replaced" not in server.log:
-        assert time.monotonic() < give_up, server.log
+    wait_until(lambda: "ended with 70; it is replaced" in server.log, lambda: server.log)
     assert classify(url, samples[0].data) == expected
     assert server.stop() == 0
 
 
 def test_a_lone_process_whose_model_hangs_ends_itself(start, artifact_path, tmp_path):
     """Docker restarts what ends, and nothing else."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), "white").save(buffer, "PNG")
+    picture = png("white", (32, 32))
     server = start(workers=1, model=hanging_model(tmp_path, artifact_path))
     url = server.wait_until_ready()
     with pytest.raises(httpx.TransportError):
-        httpx.post(f"{url}/classify", files={"images": buffer.getvalue()}, timeout=GIVE_UP_S)
+        httpx.post(f"{url}/classify", files={"images": picture}, timeout=GIVE_UP_S)
     assert server.wait() == 70
     assert "busy with one image or batch" in server.log
     assert "ends with exit code 70" in server.log
@@ -222,15 +221,15 @@ def test_new_clients_do_not_wait_while_an_upload_is_finished(start, samples):
     server = start(processes=2, workers=1)
     url = server.wait_until_ready()
     address = urlsplit(url)
-    wire = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/webp\r\nContent-Length: {len(samples[0].data)}\r\n\r\n"
-    with socket.create_connection((address.hostname, address.port), timeout=GIVE_UP_S) as connection:
-        connection.sendall(wire.encode() + samples[0].data[:-1])
+    wire = classify_request(samples[0].data)
+    with connect(url) as connection:
+        connection.sendall(wire[:-1])
         httpx.get(f"{url}/livez")
         server.process.send_signal(signal.SIGTERM)
         give_up = time.monotonic() + 10  # less than the time to drain
         while can_connect(address.hostname, address.port):
             assert time.monotonic() < give_up
-        connection.sendall(samples[0].data[-1:])
+        connection.sendall(wire[-1:])
         assert connection.recv(12) == b"HTTP/1.1 200"
     assert server.wait() == 0
 
@@ -271,10 +270,12 @@ def test_the_metrics_port_tells_of_all(start):
         server = start(processes=2, metrics_port=(port := free_port()))
         url = server.wait_until_ready()
         assert client.get(f"{url}/metrics").status_code == 404
-        give_up = time.monotonic() + GIVE_UP_S
-        while len(set(re.findall(r'process="(\d+)"', text := client.get(f"http://127.0.0.1:{port}/metrics").text))) != 2:
-            assert time.monotonic() < give_up
-        assert parents(text)["convmixer_processes"] == 2
+
+        def told() -> str:
+            return client.get(f"http://127.0.0.1:{port}/metrics").text
+
+        wait_until(lambda: len(set(re.findall(r'process="(\d+)"', told()))) == 2, told)
+        assert parents(told())["convmixer_processes"] == 2
         assert server.stop() == 0
 
 
@@ -283,24 +284,23 @@ def test_processes_whose_parent_was_killed_leave(start):
     pids = both(server.wait_until_ready())
     server.process.kill()
     server.process.wait(GIVE_UP_S)
-    server._reader.join(GIVE_UP_S)  # it ends when none of them holds its standard error any more
-    left = server._reader.is_alive()
-    for pid in pids if left else ():
+    all_left = server.log_has_ended(GIVE_UP_S)
+    for pid in () if all_left else pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL
-    assert not left
+    assert all_left
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_ctrl_c_is_a_graceful_end(processes):
-    server = ServerProcess(under=("setsid",), processes=processes, workers="1")
-    try:
-        server.wait_until_ready()
-        os.killpg(server.process.pid, signal.SIGINT)
-        assert server.wait() == 0
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGKILL)
+    with ServerProcess(under=("setsid",), processes=processes, workers=1) as server:
+        try:
+            server.wait_until_ready()
+            os.killpg(server.process.pid, signal.SIGINT)
+            assert server.wait() == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
     assert "Traceback" not in server.log
     assert "it is replaced" not in server.log

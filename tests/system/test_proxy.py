@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -22,6 +23,9 @@ from app.client import Client
 from app.load import Tally, prepare
 from app.settings import Settings
 from benchmarks.clients import closed_loop
+from deploy.rolling_update import replicas_up
+from tests.waiting import wait_until
+from tests.wire import metric
 from torture.rolling import CONFIGURATION, Cluster
 from torture.target import post
 from torture.traffic import expected_labels
@@ -101,6 +105,50 @@ def test_what_it_refuses_itself_is_a_problem_document(proxy):
 
 
 @with_haproxy
+def test_bytes_that_are_no_request_are_a_problem_document_too(cluster):
+    with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"application/problem+json" in head
+    assert json.loads(body)["code"] == "malformed_request"
+
+
+class EndsInTheMiddle(BaseHTTPRequestHandler):
+    """A replica that is well, and breaks each request off."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-")
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@with_haproxy
+def test_what_a_replica_breaks_off_is_told_so():
+    cluster = Cluster(0)
+    try:
+        with ThreadingHTTPServer(("127.0.0.1", cluster.settings["port"]), EndsInTheMiddle) as replica:
+            threading.Thread(target=replica.serve_forever).start()
+            try:
+                cluster.addresses.append("127.0.0.1")  # for the name server
+                wait_until(lambda: replicas_up(cluster.operators) == 1)
+                answer = httpx.post(f"http://127.0.0.1:{cluster.port}/classify", content=b"image", headers=WEBP, timeout=60)
+            finally:
+                replica.shutdown()
+        assert (answer.status_code, answer.json()["code"]) == (502, "bad_gateway")
+        assert answer.json()["request_id"] == answer.headers["X-Request-ID"]
+    finally:
+        cluster.stop()
+
+
+@with_haproxy
 def test_without_a_replica_clients_of_either_protocol_are_told_why():
     cluster = Cluster(0)
     try:
@@ -134,11 +182,10 @@ def wait_for_more(cluster: Cluster, index: int) -> None:
     url = f"http://{cluster.addresses[index]}:{cluster.settings['port']}"
 
     def images() -> float:
-        return float(re.search(r"^convmixer_images_total (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)[1])
+        return metric(httpx.get(f"{url}/metrics").text, "convmixer_images_total")
 
     enough = images() + 100
-    while images() < enough:
-        time.sleep(0.02)
+    wait_until(lambda: images() >= enough)
 
 
 @with_haproxy
@@ -158,11 +205,13 @@ def test_a_replica_that_leaves_and_one_that_is_killed_cost_no_request(cluster, s
 
     with ThreadPoolExecutor(1) as pool:
         loaded = pool.submit(load)
-        assert cluster.restart(0) == 0
-        wait_for_more(cluster, 1)  # it is in the middle of some load
-        cluster.replicas[1].process.send_signal(signal.SIGKILL)
-        wait_for_more(cluster, 0)
-        killed.set()
+        try:
+            assert cluster.restart(0) == 0
+            wait_for_more(cluster, 1)  # it is in the middle of some load
+            cluster.replicas[1].process.send_signal(signal.SIGKILL)
+            wait_for_more(cluster, 0)
+        finally:
+            killed.set()
         tallies = loaded.result()
     assert all(len(tally.right) == tally.sent > 0 for tally in tallies)
     assert not any(tally.lost for tally in tallies)

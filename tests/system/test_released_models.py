@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.server import ServerProcess
 from model.checkpoint import build_model, load_checkpoint
 from model.export import read_metadata
-from tests.server import ServerProcess
 
 ARTIFACTS = Path(__file__).parents[2] / "app" / "artifacts"
 NAMES = sorted(path.stem for path in ARTIFACTS.glob("*.onnx"))
@@ -24,10 +24,8 @@ NAMES = sorted(path.stem for path in ARTIFACTS.glob("*.onnx"))
 @pytest.fixture(scope="module", params=NAMES)
 def served(request) -> Iterator[tuple[str, httpx.Client]]:
     """A model's name, and a client of a server that answers with it."""
-    server = ServerProcess(model=request.param)
-    with httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
+    with ServerProcess(model=request.param) as server, httpx.Client(base_url=server.wait_until_ready(), timeout=60) as client:
         yield request.param, client
-    assert server.stop() == 0
 
 
 def classify(client: httpx.Client, data: bytes, **parameters: Any) -> dict[str, Any]:

@@ -7,18 +7,18 @@ a weight gradient that is compiled once per shape and takes several. Where neith
 
 from __future__ import annotations
 
-import resource
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from model.convmixer import ConvMixerConfig
+from model.convmixer import ConvMixer, ConvMixerConfig
 from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images
 from training.evaluate import evaluate
@@ -84,28 +84,31 @@ def trained(photos: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(TINY, photos, tmp_path_factory.mktemp("run"), QUIET)
 
 
+@contextmanager
+def signal_at(steps: Collection[int], signum: signal.Signals = signal.SIGTERM) -> Iterator[list[int]]:
+    """Sends a signal to this process in each of these steps that `train` takes from now; gives the steps taken."""
+    taken: list[int] = []
+    before = signal.getsignal(signum)  # an earlier test's library may have left its own
+
+    def stop(module: torch.nn.Module, *_: object) -> None:
+        if isinstance(module, ConvMixer) and module.training and signal.getsignal(signum) is not before:
+            taken.append(len(taken) + 1)
+            if len(taken) in steps:
+                signal.raise_signal(signum)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(stop)
+    try:
+        yield taken
+    finally:
+        hook.remove()
+
+
 @pytest.fixture(scope="session")
 def evaluated(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of `trained` with `evaluation.json` beside it. Read only."""
     path = Path(shutil.copy(trained, tmp_path_factory.mktemp("evaluated")))
     evaluate(path, CIFAR10, path.with_name("evaluation.json"), "cpu")
     return path
-
-
-@pytest.fixture
-def largest_file() -> Callable[[int], AbstractContextManager[None]]:
-    """Makes the kernel refuse to let any file grow beyond so many bytes, as a full disk would."""
-
-    @contextmanager
-    def limit(size_bytes: int) -> Iterator[None]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit
 
 
 @pytest.fixture

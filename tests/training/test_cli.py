@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from model.checkpoint import load_checkpoint
 from model.export import read_metadata
@@ -96,6 +99,29 @@ def test_presets_are_listed_with_their_evidence(command_line: CommandLine) -> No
         assert f"{name}: {preset.config.model.name}, {preset.config.epochs} epochs" in outcome.out
         assert preset.source in outcome.out
         assert preset.result in outcome.out
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_may_begin_with_a_checkpoint_learn_from_others_and_be_compiled(
+    command_line: CommandLine, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+    compile_with = torch.compile
+
+    def compile_eagerly(network: Any, **options: Any) -> Any:
+        compiled.append(network)
+        return compile_with(network, **options | {"backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    options = ["--init", trained, "--teacher", trained, "--teacher", trained, "--compile", "--device=cpu", "--precision=float32"]
+    net = [*TINY_NET, "--set=model.patch_size=2"]
+    outcome = command_line("train", "--epochs=1", *net, "--data", CIFAR10, "--output", tmp_path, *options)
+    assert outcome.code == 0, outcome
+    training = load_checkpoint(tmp_path / "model.safetensors").description["training"]
+    digest = hashlib.sha256(trained.read_bytes()).hexdigest()
+    assert training["init"]["sha256"] == digest
+    assert [teacher["sha256"] for teacher in training["teachers"]] == [digest] * 2
+    assert len(compiled) == 3, "the network and its teachers"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision import datasets
 
 from app.images import DecodeLimits, ResizeRule, decode_image
@@ -273,12 +273,12 @@ def test_every_colour_mode_becomes_rgb(folder_of: FolderOf, cat: Image.Image, mo
     folder = folder_of("dog")
     converted = cat.convert(mode)
     put(converted, folder / "odd" / ("image.jpg" if mode == "CMYK" else "image.png"))
-    image = load_images(folder, "train", 32).images[-1]
-    if mode in ("L", "LA"):
-        grey = torch.from_numpy(np.array(ImageOps.grayscale(cat)))
-        assert torch.equal(image, grey.expand(3, 32, 32))
-    if mode == "RGBA":
-        assert torch.equal(image, torch.from_numpy(np.array(cat)).permute(2, 0, 1))
+    image = load_images(folder, "train", 32).images[-1].permute(1, 2, 0).numpy()
+    expected = np.array(converted.convert("RGB"))
+    if mode == "CMYK":  # a JPEG is not exact
+        assert np.abs(image.astype(int) - expected).mean() < 6
+    else:
+        assert np.array_equal(image, expected)
 
 
 def test_not_a_folder(tmp_path: Path) -> None:

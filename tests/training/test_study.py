@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from model.architectures import build_network
-from model.convmixer import ConvMixer, count_parameters
-from tests.training.conftest import CIFAR10, QUIET, Outcome
+from model.convmixer import count_parameters
+from tests.training.conftest import CIFAR10, QUIET, Outcome, signal_at
 from training.config import TrainConfig
 from training.data import ImageSet
 from training.errors import ConfigError, ResumeError, Stopped
@@ -101,25 +99,6 @@ def test_a_subset_has_the_same_share_of_each_class_and_is_always_the_same(photos
 # Running
 
 
-@contextmanager
-def sigterm_at(step: int) -> Iterator[None]:
-    """Sends SIGTERM to this process in the given step that `train` takes from now."""
-    taken, before = 0, signal.getsignal(signal.SIGTERM)  # an earlier test's library may have left its own
-
-    def stop(module: torch.nn.Module, *_: object) -> None:
-        nonlocal taken
-        if isinstance(module, ConvMixer) and module.training and signal.getsignal(signal.SIGTERM) is not before:
-            taken += 1
-            if taken == step:
-                signal.raise_signal(signal.SIGTERM)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(stop)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def figures(results: dict[str, Any]) -> dict[str, Any]:
     """Results without what the clock says."""
     runs = [{k: v for k, v in run.items() if k not in ("seconds", "checkpoint_sha256")} for run in results["runs"]]
@@ -142,7 +121,7 @@ def test_an_interrupted_study_ends_with_the_same_results_and_page(
 
     output = tmp_path / "runs" / "default"
     for step, finished in ((3, 0), (9, 2)):  # in the first run, then in the third: 5 steps an epoch, 7 + 2 to go
-        with sigterm_at(step), pytest.raises(Stopped) as end:
+        with signal_at([step]), pytest.raises(Stopped) as end:
             run_study(study, CIFAR10, output, QUIET)
         assert end.value.signal_number == signal.SIGTERM
         assert len(list(output.glob("*/*/result.json"))) == finished

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from torch.nn import functional as F
 
 from model.architectures import build_network
 from model.checkpoint import SIMILARITY, CheckpointError, build_model, load_checkpoint, network_weights, save_checkpoint
-from model.convmixer import ConvMixer, count_parameters
-from tests.training.conftest import CIFAR10, QUIET, TINY
+from model.convmixer import count_parameters
+from tests.disk import files_of_at_most
+from tests.training.conftest import CIFAR10, QUIET, TINY, signal_at
 from training import state as state_module
 from training import train as train_module
 from training.augment import preprocessing
@@ -463,26 +462,14 @@ def whole_run(animals: ImageSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.parametrize("stops", [[1], [5], [6], [9], [2, 4, 8]], ids=str)
 def test_a_run_stopped_in_any_step_ends_the_same(animals: ImageSet, whole_run: Path, tmp_path: Path, stops: list[int]) -> None:
     config = replace(TINY, epochs=3)
-    taken = 0
-
-    def stop(module: torch.nn.Module, *_: object) -> None:
-        nonlocal taken
-        if isinstance(module, ConvMixer) and module.training:
-            taken += 1
-            if taken in stops:
-                signal.raise_signal(signal.SIGTERM)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(stop)
-    try:
+    with signal_at(stops) as taken:
         for step in stops:
             with pytest.raises(Stopped) as end:
                 train(config, animals, tmp_path, QUIET, resume=step != stops[0])
             assert end.value.signal_number == signal.SIGTERM
             assert load_checkpoint(tmp_path / "last.safetensors").description["step"] == step
         resumed = train(config, animals, tmp_path, QUIET, resume=True)
-    finally:
-        hook.remove()
-    assert taken == 9, "no step is done twice"
+    assert len(taken) == 9, "no step is done twice"
     assert_same_weights(resumed, whole_run)
     histories = [load_checkpoint(path).description["training"]["history"] for path in (resumed, whole_run)]
     assert [row["train_loss"] for row in histories[0]] == [row["train_loss"] for row in histories[1]]
@@ -511,18 +498,8 @@ def interrupted_at(animals: ImageSet, tmp_path: Path, no_compiler: None) -> Call
     """Output folder of TINY, stopped by Ctrl-C in the given step of six."""
 
     def run(step: int) -> Path:
-        taken = itertools.count(1)
-
-        def stop(module: torch.nn.Module, *_: object) -> None:
-            if isinstance(module, ConvMixer) and module.training and next(taken) == step:
-                signal.raise_signal(signal.SIGINT)
-
-        hook = torch.nn.modules.module.register_module_forward_hook(stop)
-        try:
-            with pytest.raises(Stopped):
-                train(TINY, animals, tmp_path / "run", QUIET)
-        finally:
-            hook.remove()
+        with signal_at([step], signal.SIGINT), pytest.raises(Stopped):
+            train(TINY, animals, tmp_path / "run", QUIET)
         return tmp_path / "run"
 
     return run
@@ -703,14 +680,12 @@ def test_divergence_keeps_the_last_good_checkpoint(stopped: Path, photos: ImageS
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(
-    stopped: Path, photos: ImageSet, largest_file: Callable[[int], AbstractContextManager[None]]
-) -> None:
+def test_a_full_disk_stops_the_run_and_keeps_the_old_checkpoint(stopped: Path, photos: ImageSet) -> None:
     config = replace(TINY, epochs=TINY.epochs + 1)
     rewrite(stopped / "last.safetensors", config=config.to_dict())
     before = {path.name: path.read_bytes() for path in stopped.iterdir()}
     message = r"last\.safetensors could not be written: .*; an earlier checkpoint there is untouched"
-    with largest_file(8_000), pytest.raises(StorageError, match=message):
+    with files_of_at_most(8_000), pytest.raises(StorageError, match=message):
         train(config, photos, stopped, QUIET, resume=True)
     assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
 

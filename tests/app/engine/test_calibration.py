@@ -1,5 +1,6 @@
 """The engine's choices follow from what it measured, within the operator's word."""
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -27,7 +28,8 @@ def test_measures_this_machine(session):
     assert found.seconds > 0
 
 
-def test_the_operators_word_counts(session):
+def test_the_operators_word_counts(session, monkeypatch):
+    monkeypatch.setattr("app.engine.calibration._LONGEST_BATCH_MS", math.inf)  # this machine may be busy
     assert calibrate(session, cores=8, workers=3, max_batch=5).workers == 3
     found = calibrate(session, cores=1, max_batch=5)
     assert (found.workers, found.max_batch) == (1, 5)
@@ -50,37 +52,55 @@ def test_fewer_workers_must_be_clearly_faster():
     assert _best_workers({1: 100.0, 2: 380.0, 4: 300.0}) == 2
 
 
+class Clock:
+    """Stands still unless it is told that something took time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
 class SlowSession:
-    """Answers at once, but for its first runs of more than one image."""
+    """Takes a millisecond, but for its first runs of more than one image."""
 
     provider = "cpu"
     metadata = SimpleNamespace(input_size=8)
 
-    def __init__(self, slow_runs: int = 0) -> None:
-        self.slow_runs = slow_runs
+    def __init__(self, clock: Clock, slow_runs: int = 0) -> None:
+        self.clock, self.slow_runs = clock, slow_runs
 
     def infer(self, images, **options):
+        self.clock.now += 0.001
         if len(images) > 1 and self.slow_runs:
             self.slow_runs -= 1
-            time.sleep(0.15)
+            self.clock.now += 0.15
 
     def release_memory(self) -> None: ...
 
 
-def test_a_thread_that_gets_no_core_for_a_while_is_measured_all_the_same(monkeypatch):
+def test_a_thread_that_gets_no_core_for_a_while_is_measured_all_the_same(monkeypatch, clock):
     class LateExecutor(ThreadPoolExecutor):
         def map(self, *arguments):
-            time.sleep(0.03)
+            clock.now += 0.03
             return super().map(*arguments)
 
     monkeypatch.setattr("app.engine.calibration.ThreadPoolExecutor", LateExecutor)
-    found = calibrate(SlowSession(), cores=1, max_batch=4)
+    found = calibrate(SlowSession(clock), cores=1, max_batch=4)
     assert found.max_batch == 4
     assert all(0 < ms < 1000 for ms in found.batch_ms.values())
 
 
-def test_a_batch_that_would_look_like_a_hang_is_refused_but_not_for_a_moment_of_other_work(monkeypatch):
+def test_a_batch_that_would_look_like_a_hang_is_refused_but_not_for_a_moment_of_other_work(monkeypatch, clock):
     monkeypatch.setattr("app.engine.calibration._LONGEST_BATCH_MS", 100)
-    assert calibrate(SlowSession(slow_runs=2), cores=1, max_batch=4).batch_ms[4] < 100
+    assert calibrate(SlowSession(clock, slow_runs=2), cores=1, max_batch=4).batch_ms[4] < 100
     with pytest.raises(StartupError, match=r"CONVMIXER_MAX_BATCH=4 images takes 0\.\d s here; .* set it to [12] at most"):
-        calibrate(SlowSession(slow_runs=3), cores=1, max_batch=4)
+        calibrate(SlowSession(clock, slow_runs=3), cores=1, max_batch=4)

@@ -19,6 +19,7 @@ from app.engine.session import Session
 from app.errors import DeadlineExceeded, InferenceFailed, NotServing, Overloaded, ServiceError, UndecodableImage, UnsupportedImage
 from app.images import DecodeLimits, decode_image
 from tests.broken_model import write_broken_model
+from tests.waiting import wait_until
 
 TIMEOUT_S = 60
 
@@ -249,17 +250,19 @@ def test_an_idle_engine_tries_what_it_thinks_too_slow(session, make, samples, mo
         scheduler.submit(images, timeout_s=timeout_s)
     session.gate.set()
     first.result(TIMEOUT_S)
-    while scheduler.busy():
-        time.sleep(0.001)
+    wait_until(lambda: not scheduler.busy())
     futures = scheduler.submit(images, timeout_s=timeout_s)
     assert all(future.result(TIMEOUT_S) for future in futures)
 
 
 def test_pictures_that_take_long_and_fail_are_counted_in_the_predicted_wait(session, make, samples, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     scheduler = make()
 
     def slow_and_damaged(*arguments):
-        time.sleep(0.05)
+        nonlocal now
+        now += 0.05
         raise UndecodableImage("damaged")
 
     scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
@@ -515,17 +518,18 @@ def test_memory_is_given_back_when_there_is_nothing_to_do(session, make, samples
 
 
 def test_memory_is_given_back_now_and_then_when_there_is_always_something_to_do(session, make, samples, monkeypatch):
+    monkeypatch.setattr("app.engine.scheduler._REST_S", TIMEOUT_S)  # no worker ever waits so long
+    begin = now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     given_back: list[float] = []
-    monkeypatch.setattr(session, "release_memory", lambda: given_back.append(time.monotonic()))
+    monkeypatch.setattr(session, "release_memory", lambda: given_back.append(now - begin))
     scheduler = make(max_batch=1)
-    begin = time.monotonic()
-    scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
-    assert not given_back
-    monkeypatch.setattr("app.engine.scheduler._RESTS_AT_LEAST_S", 0.3)
-    while len(given_back) < 2:  # no worker ever waits for 5 s
+    for after in (59, 61, 120, 122):
+        now = begin + after
         assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S)
-        assert time.monotonic() < begin + TIMEOUT_S
-    assert given_back[1] - given_back[0] >= 0.3
+        if after in (61, 122):
+            wait_until(lambda after=after: after in given_back)
+    assert given_back == [61, 122]
 
 
 @pytest.mark.parametrize("output", ["logits", "similarity"])
@@ -576,8 +580,7 @@ def test_drain_answers_everything_accepted_and_refuses_the_rest(session, make, s
     drained: list[bool] = []
     thread = threading.Thread(target=lambda: drained.append(scheduler.drain(TIMEOUT_S)))
     thread.start()
-    while not scheduler.draining:
-        time.sleep(0)
+    wait_until(lambda: scheduler.draining)
     with pytest.raises(NotServing):
         scheduler.submit([samples[0].data])
     session.gate.set()
@@ -631,11 +634,10 @@ def test_a_worker_that_computes_for_ever_is_seen_soon(session, make, samples, mo
     monkeypatch.setattr(session, "infer", compute)
     monkeypatch.setattr("app.engine.scheduler._WAITS", math.inf)
     (future,) = scheduler.submit([samples[0].data])
-    give_up = time.monotonic() + TIMEOUT_S
-    while not scheduler.failure():
-        assert time.monotonic() < give_up
-    assert "busy with one image or batch" in scheduler.failure()
-    end.set()
+    try:
+        assert "busy with one image or batch" in wait_until(scheduler.failure)
+    finally:
+        end.set()
     future.result(TIMEOUT_S)
     assert scheduler.failure() is None
 
@@ -736,9 +738,7 @@ def test_a_worker_that_dies_is_told(session, make, samples, monkeypatch):
     scheduler = make()
     monkeypatch.setattr(session, "infer", lambda *_, **__: sys.exit())
     scheduler.submit([samples[0].data])
-    give_up = time.monotonic() + TIMEOUT_S
-    while "worker engine-0 died" not in (scheduler.failure() or ""):
-        assert time.monotonic() < give_up
+    wait_until(lambda: "worker engine-0 died" in (scheduler.failure() or ""))
 
 
 def test_what_fails_beside_the_model_fails_its_batch_alone(session, make, samples, monkeypatch):

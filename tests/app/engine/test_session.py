@@ -61,10 +61,6 @@ def test_memory_of_large_batches_is_given_back(artifact_path, images):
     assert np.allclose(session.infer(images[:1]).logits, expected, atol=1e-4)
 
 
-def test_available_cores_is_within_this_machine():
-    assert 1 <= available_cores() <= 4096
-
-
 @pytest.mark.parametrize(
     ("membership", "files", "expected"),
     [

@@ -13,6 +13,7 @@ from PIL import Image
 
 from app.engine.watchdog import Watchdog
 from app.images import DecodeLimits, ResizeRule, decode_image
+from tests.waiting import wait_until
 
 GIVE_UP_S = 60
 LONG_S = 1e6
@@ -32,21 +33,20 @@ def at_work(watchdog: Watchdog, step: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert begun.wait(GIVE_UP_S)
-    yield
-    stop.set()
-    thread.join(GIVE_UP_S)
+    try:
+        assert begun.wait(GIVE_UP_S)
+        yield
+    finally:
+        stop.set()
+        thread.join(GIVE_UP_S)
     assert watchdog.busy() == 0
 
 
 def test_a_thread_that_computes_is_judged_by_its_processor_time():
     watchdog = Watchdog()
-    give_up = time.monotonic() + GIVE_UP_S
     with at_work(watchdog, lambda: None):
         assert watchdog.busy() == 1
-        while not (stuck_s := watchdog.stuck_s(cpu_s=0.1, wall_s=LONG_S)):
-            assert time.monotonic() < give_up
-        assert stuck_s >= 0.1
+        assert wait_until(lambda: watchdog.stuck_s(cpu_s=0.1, wall_s=LONG_S)) >= 0.1
     assert watchdog.stuck_s(cpu_s=0, wall_s=0) is None, "it has ended"
 
 
@@ -64,12 +64,14 @@ def test_a_thread_that_has_no_core_is_given_time_but_not_for_ever(monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with at_work(watchdog, lambda: waiting.wait(GIVE_UP_S)):
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
-        now += 25
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
-        now += 25
-        assert watchdog.stuck_s(cpu_s=5, wall_s=30) == 50
-        waiting.set()
+        try:
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
+            now += 25
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) is None
+            now += 25
+            assert watchdog.stuck_s(cpu_s=5, wall_s=30) == 50
+        finally:
+            waiting.set()
 
 
 def test_where_there_is_no_clock_of_another_thread_the_walls_counts(monkeypatch):
@@ -85,9 +87,7 @@ def test_a_thread_that_ended_while_it_was_looked_at_does_no_harm():
     thread = threading.Thread(target=watchdog.begin)
     thread.start()
     thread.join()
-    give_up = time.monotonic() + GIVE_UP_S
-    while watchdog.stuck_s(cpu_s=0, wall_s=LONG_S) is not None:  # the system's thread ends a little later than Python's
-        assert time.monotonic() < give_up
+    wait_until(lambda: watchdog.stuck_s(cpu_s=0, wall_s=LONG_S) is None)  # the system's thread ends a little later than Python's
 
 
 def test_a_large_picture_gives_a_sign_of_life_with_each_piece():

@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from app.telemetry.exchange import Exchange
 from app.telemetry.logs import AccessLog, BackgroundHandler, JsonFormatter, TextFormatter
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -76,8 +76,7 @@ def test_a_reader_that_stopped_reading_delays_nobody_and_is_told_what_it_missed(
 
     reader = threading.Thread(target=read)
     reader.start()
-    while handler._waiting:  # what was held is written now, then there is room again
-        pass
+    wait_until(lambda: not handler._waiting)  # what was held is written now, then there is room again
     handler.handle(record("the end", level=logging.WARNING))
     reader.join(60)
     handler.close()
@@ -96,8 +95,13 @@ def test_lines_of_several_processes_stay_whole_where_the_reader_is_slow(pipe):
         for number in range(3000):
             handler.handle(record("%d %s", number, "x" * 100))
     received = bytearray()
-    while received.count(b"\n") < 9000:
+
+    def has_all() -> bool:
         received.extend(os.read(reading, 1000))
+        return received.count(b"\n") >= 9000
+
+    while not has_all():
+        pass
     for handler in handlers:
         handler.close()
     assert all(json.loads(line)["message"] for line in received.splitlines())
@@ -108,8 +112,7 @@ def test_lines_that_a_full_disk_did_not_take_are_counted(tmp_path):
     handler = BackgroundHandler(descriptor)
     for _ in range(3):
         handler.handle(record("lost", level=logging.WARNING))
-    while handler._waiting or handler._dropped < 3:
-        time.sleep(0.01)
+    wait_until(lambda: not handler._waiting and handler._dropped >= 3)
     with path.open("wb") as file:
         os.dup2(file.fileno(), descriptor)  # there is room again
     handler.handle(record("kept", level=logging.WARNING))

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from app.settings import Settings
 from app.telemetry.metrics_port import metrics_server
-from tests.server import free_port
+from benchmarks.server import free_port
 
 
 def test_it_opens_without_a_name_server(monkeypatch):
