@@ -34,6 +34,7 @@ class Distillation:
         config: the student's run; the temperature is taken from it.
         data: the student's.
         device: where all compute.
+        layout: of feature maps in memory.
 
     Attributes:
         teachers: name and SHA-256 of each checkpoint, for the student's own.
@@ -44,13 +45,20 @@ class Distillation:
         DataError: a teacher has learnt images that this run holds out.
     """
 
-    def __init__(self, paths: Sequence[Path], config: TrainConfig, data: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        config: TrainConfig,
+        data: ImageSet,
+        device: torch.device,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         self._temperature, self._resample = config.distill_temperature, config.resample
         self._networks: list[tuple[Network, float]] = []
         self.teachers: list[dict[str, str]] = []
         for path in paths:
             checkpoint = load_checkpoint(path)
-            network = build_model(checkpoint).to(device).to(memory_format=torch.channels_last)
+            network = build_model(checkpoint).to(device).to(memory_format=layout)
             found = checkpoint.description
             _check_fits(path, found, config, data)
             if isinstance(network, ConvMixer) and device.type == "cpu":
