@@ -42,7 +42,7 @@ export: .venv/.dev  ## Make RUN's evaluated checkpoint the MODEL that ships, as 
 	$(BIN)/convmixer-train export $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION) --version $(VERSION) --command 'make train PRESET=$(PRESET)$(if $(DATA), DATA=$(DATA))$(if $(INIT), INIT=$(INIT))$(if $(TEACHER), TEACHER="$(TEACHER)")$(if $(SET), SET="$(SET)")'
 	$(BIN)/convmixer-train card $(RUN)/model.safetensors app/artifacts/$(MODEL).onnx $(DATA_OPTION)
 	mkdir -p releases/$(MODEL)
-	cp $(RUN)/model.safetensors $(RUN)/model.json $(RUN)/evaluation.json releases/$(MODEL)/
+	cp $(RUN)/model.safetensors $(RUN)/model.json $(wildcard $(RUN)/evaluation*) releases/$(MODEL)/
 
 study: .venv/.dev  ## Train what the paper claims as a grid of small networks and judge it (two to three hours); BUDGET=full for a GPU
 	$(BIN)/convmixer-train study --budget $(BUDGET) $(DATA_OPTION)

@@ -157,12 +157,17 @@ def _matrices(
 
 
 def _warp(batch: Tensor, warps: list[Tensor], size: int, resample: str) -> Tensor:
+    """float32 [N, 3, S, S] → [N, 3, size, size]; black outside of the stored image.
+
+    Black is not blended in: a crop that ends where the picture does would be darker there than whole pictures ever are.
+    """
     matrix = warps[0]
     for warp in warps[1:]:
         matrix = matrix @ warp
     grid = F.affine_grid(matrix[:, :2], [*batch.shape[:2], size, size], align_corners=False)
-    warped: Tensor = F.grid_sample(batch, grid, mode=resample, padding_mode="zeros", align_corners=False)
-    return warped.clamp(0, 1)  # a cubic overshoots at edges
+    warped: Tensor = F.grid_sample(batch, grid, mode=resample, padding_mode="border", align_corners=False)
+    inside = grid.abs().amax(-1) <= 1 + 1e-4  # [N, size, size]; the rest is rounding
+    return (warped * inside[:, None]).clamp(0, 1)  # a cubic overshoots at edges
 
 
 # Colours: float32 [N, 3, S, S] in [0, 1] and a strength [N, 1, 1, 1] → the same

@@ -45,7 +45,12 @@ class Calibration:
 
 
 def calibrate(
-    network: Network, training: ImageSet, validation: ImageSet, config: TrainConfig, device: torch.device
+    network: Network,
+    training: ImageSet,
+    validation: ImageSet,
+    config: TrainConfig,
+    device: torch.device,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Calibration:
     """Fits temperature and rejection thresholds.
 
@@ -55,14 +60,15 @@ def calibrate(
         validation: images held out.
         config: the run's, for the normalisation.
         device: where to compute.
+        layout: of feature maps in memory.
     """
     each = max(1, SIMILARITY_IMAGES // len(training.classes))
     of_class = [(training.labels == number).nonzero().flatten() for number in range(len(training.classes))]
     chosen = torch.cat([indices[_spread(len(indices), each)] for indices in of_class])
     sample = ImageSet(training.images[chosen], training.labels[chosen], training.classes)
-    _, features = compute_outputs(network, sample, config, device)
+    _, features = compute_outputs(network, sample, config, device, layout=layout)
     similarity = FeatureSimilarity.fit(features, sample.labels, len(training.classes))
-    logits, features = compute_outputs(network, validation, config, device)
+    logits, features = compute_outputs(network, validation, config, device, layout=layout)
     temperature = fit_temperature(logits, validation.labels)
     scores = familiarity(logits, temperature, similarity(features))
     return Calibration(

@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM, the 
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,8 +71,15 @@ def train(
             help="Overrides any setting, e.g. lr=0.005 or normalize_mean=0.5,0.5,0.5; repeatable. An unknown name lists all.",
         ),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Stop after so many minutes, reading the data among them, with all saved; --resume goes on."),
+    ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    layout: Annotated[
+        str | None, typer.Option(help="channels-last or channels-first: which is faster on a GPU depends on the kernel size.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False,
 ) -> None:
     """Train a network; writes OUTPUT/model.safetensors."""
@@ -78,13 +87,24 @@ def train(
     from training.distributed import leads
     from training.train import train as run
 
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     overrides = dict(_split_setting(text) for text in settings or [])
     if epochs is not None:
         overrides["epochs"] = str(epochs)
     config = get_preset(preset).config.override(overrides)
-    runtime = _runtime(device, precision, compile=compile)
+    runtime = _runtime(device, precision, layout, compile=compile)
     images = load_images(data, "train", config.image_size, config.resample)
-    path = run(config, images, output, runtime, init=init, teachers=teacher or [], resume=resume or finish, finish=finish)
+    path = run(
+        config,
+        images,
+        output,
+        runtime,
+        init=init,
+        teachers=teacher or [],
+        resume=resume or finish,
+        finish=finish,
+        deadline=deadline,
+    )
     if leads():
         typer.echo(f"released {path}")
 
@@ -115,6 +135,28 @@ def evaluate(
             err=True,
         )
     typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluated run, or a report of `evaluate`.")],
+    second: Annotated[Path, typer.Argument(help="The same of another network, on the same test images.")],
+) -> None:
+    """Tell whether two networks' test figures differ by more than chance, image by image."""
+    from training.compare import compare as run
+    from training.compare import read_answers
+
+    found = run(read_answers(first), read_answers(second))
+    for path, accuracy, loss, only in (
+        (first, found.accuracies[0], found.losses[0], found.only_first),
+        (second, found.accuracies[1], found.losses[1], found.only_second),
+    ):
+        typer.echo(f"{path}: {accuracy:.2%} of {found.images:,} right, loss {loss:.4f}; {only} right that the other has wrong")
+    (points, about), (loss, about_loss) = found.accuracy_gain, found.loss_gain
+    typer.echo(
+        f"second - first: {100 * points:+.2f} ± {100 * about:.2f} points, exact McNemar p {found.p:.2g}; "
+        f"loss {loss:+.4f} ± {about_loss:.4f} (95 %)"
+    )
 
 
 @app.command()
@@ -260,14 +302,18 @@ def _split_setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _runtime(device: str | None, precision: str | None, *, compile: bool = False) -> Runtime:
-    from training.runtime import Runtime
+def _runtime(device: str | None, precision: str | None, layout: str | None = None, *, compile: bool = False) -> Runtime:
+    from training.runtime import LAYOUTS, Runtime
 
     runtime = Runtime.detect(_usable_device(device), compile=compile)
     if precision:
         if precision not in ("float32", "bf16", "fp16"):
             raise ConfigError(f"--precision must be float32, bf16 or fp16, not {precision!r}")
         runtime = replace(runtime, precision=precision)
+    if layout:
+        if layout not in LAYOUTS:
+            raise ConfigError(f"--layout must be {' or '.join(LAYOUTS)}, not {layout!r}")
+        runtime = replace(runtime, layout=layout)
     return runtime
 
 

@@ -1,8 +1,8 @@
 """Learning from other networks' answers instead of from labels alone.
 
 As arXiv 2106.05237 found for compression: the teacher sees exactly the pictures that the student sees (same crop, same
-mixing), and the schedule is long. One made for pictures of another size sees them brought to that. The distance is the
-Kullback-Leibler divergence of arXiv 1503.02531.
+mixing), and the schedule is long. One made for pictures of another size sees them brought to that, in whole patches of its own:
+what is left over of a size would not be seen. The distance is the Kullback-Leibler divergence of arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Distillation:
         config: the student's run; the temperature is taken from it.
         data: the student's.
         device: where all compute.
+        layout: of feature maps in memory.
 
     Attributes:
         teachers: name and SHA-256 of each checkpoint, for the student's own.
@@ -44,13 +45,20 @@ class Distillation:
         DataError: a teacher has learnt images that this run holds out.
     """
 
-    def __init__(self, paths: Sequence[Path], config: TrainConfig, data: ImageSet, device: torch.device) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        config: TrainConfig,
+        data: ImageSet,
+        device: torch.device,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
         self._temperature, self._resample = config.distill_temperature, config.resample
         self._networks: list[tuple[Network, float]] = []
         self.teachers: list[dict[str, str]] = []
         for path in paths:
             checkpoint = load_checkpoint(path)
-            network = build_model(checkpoint).to(device).to(memory_format=torch.channels_last)
+            network = build_model(checkpoint).to(device).to(memory_format=layout)
             found = checkpoint.description
             _check_fits(path, found, config, data)
             if isinstance(network, ConvMixer) and device.type == "cpu":
@@ -73,13 +81,13 @@ class Distillation:
         """
         t = self._temperature
         with torch.no_grad():
-            views = [(network, self._scaled(pictures, scale)) for network, scale in self._networks]
+            views = [(network, self._scaled(pictures, scale, network.config.patch_size)) for network, scale in self._networks]
             answers = [F.log_softmax(network(view).float() / t, dim=1) for network, view in views]
             target = torch.stack(answers).logsumexp(0) - math.log(len(answers))
         return F.kl_div(F.log_softmax(logits / t, dim=1), target, reduction="batchmean", log_target=True) * t * t
 
-    def _scaled(self, pictures: Tensor, scale: float) -> Tensor:
-        size = round(pictures.shape[-1] * scale)
+    def _scaled(self, pictures: Tensor, scale: float, patch: int) -> Tensor:
+        size = max(1, int(pictures.shape[-1] * scale / patch + 0.5)) * patch
         if size == pictures.shape[-1]:
             return pictures
         return F.interpolate(pictures, (size, size), mode=self._resample, antialias=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 CALIBRATION_BINS = 15
 WORST_MISTAKES = 32
+_SIMULATIONS = 100
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -74,7 +75,7 @@ def calibration_bins(logits: Tensor, labels: Tensor, temperature: float = 1.0) -
     """
     probabilities = F.softmax(logits.double() / temperature, dim=1)
     confidence, predicted = probabilities.max(1)
-    index = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    index = _bin_of(confidence)
     correct = (predicted == labels).double()
     rows = []
     for number in range(CALIBRATION_BINS):
@@ -94,6 +95,29 @@ def expected_calibration_error(bins: list[dict[str, float]]) -> float:
     """ECE in [0, 1]: mean gap between confidence and accuracy over the bins, weighted by count."""
     total = sum(b["count"] for b in bins)
     return sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / total
+
+
+def honest_ece(logits: Tensor, temperature: float = 1.0) -> float:
+    """ECE that these very confidences would show on so many images if each were exactly true: chance alone keeps it from 0.
+
+    The mean of `_SIMULATIONS` draws of which answers are right, always the same ones.
+
+    Args:
+        logits: float [N, C].
+        temperature: divides the logits.
+    """
+    confidence = F.softmax(logits.double() / temperature, dim=1).amax(1)
+    index, generator = _bin_of(confidence), torch.Generator().manual_seed(0)
+    gaps = []
+    for _ in range(_SIMULATIONS):
+        right = torch.rand(len(confidence), generator=generator, dtype=torch.float64) < confidence
+        excess = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, index, right.double() - confidence)
+        gaps.append(float(excess.abs().sum()) / len(confidence))
+    return sum(gaps) / len(gaps)
+
+
+def _bin_of(confidence: Tensor) -> Tensor:
+    return (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
 
 
 def probability_scores(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
@@ -144,6 +168,7 @@ def score(logits: Tensor, labels: Tensor, classes: list[str], temperature: float
         "temperature": temperature,
         "uncalibrated": probability_scores(logits, labels),
         "calibrated": probability_scores(logits, labels, temperature),
+        "honest_ece": honest_ece(logits, temperature),
         "bins": calibration_bins(logits, labels, temperature),
         "mistakes": [
             {"index": int(i), "label": int(labels[i]), "predicted": int(ranked[i, 0]), "confidence": float(confidence[i])}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+LAYOUTS = {"channels-last": torch.channels_last, "channels-first": torch.contiguous_format}
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -19,12 +21,20 @@ class Runtime:
         precision: `float32`, or the autocast type `bf16` or `fp16`.
         compile: run the network through torch.compile.
         tensorboard: write event files next to the checkpoints.
+        layout: of feature maps in memory: `channels-last`, or `channels-first`, in which a GPU may be faster where kernels are
+            large (docs/training.md). On a CPU our own kernels compute with the channels last in any case.
     """
 
     device: str = "cpu"
     precision: str = "float32"
     compile: bool = False
     tensorboard: bool = True
+    layout: str = "channels-last"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout as torch names it."""
+        return LAYOUTS[self.layout]
 
     @classmethod
     def detect(cls, device: str | None = None, *, compile: bool = False, tensorboard: bool = True) -> Runtime:

@@ -288,6 +288,7 @@ _NOT_IN_A_RUN = {
     "__main__.py",
     "average.py",
     "cli.py",
+    "compare.py",
     "errors.py",
     "export.py",
     "figures.py",

@@ -207,10 +207,10 @@ def balanced_subset(data: ImageSet, count: int) -> ImageSet:
 def measure_speed(config: TrainConfig, runtime: Runtime, seconds: float) -> tuple[float, float]:
     """Images per second of a training step and of a forward pass of a network, measured for so many seconds each."""
     device = torch.device(runtime.device)
-    network = build_network(config.model).to(device).to(memory_format=torch.channels_last)
+    network = build_network(config.model).to(device).to(memory_format=runtime.memory_format)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     images = torch.randn(config.batch_size, 3, config.largest_size, config.largest_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=runtime.memory_format)
     labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
 
     def step() -> None:

@@ -115,8 +115,8 @@ def render_page(studies: dict[str, Any]) -> str:
     explanation = [
         "Each network was trained once for each seed, with the same number of epochs and the same recipe.",
         first["about"],
-        "± is the 95 % interval of the mean over seeds (Student's t): how well these seeds pin the mean down; the test images",
-        "are the same for all. A difference has Welch's interval.",
+        "± is the 95 % interval of the mean over seeds (Student's t) on one fixed test set: how well these seeds pin the mean",
+        "down, and not what other test images would change. A difference has Welch's interval.",
         "A claim *held* if the whole interval is where the claim wants it, *did not hold* if none of it is, and is *not decided*",
         "otherwise. No interval is corrected for being one of several.",
         "Seconds tell also what else the machine did; multiply-accumulates do not.",

@@ -63,7 +63,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
         config: the run; `config.model.num_classes` is replaced by the number of classes in `data`.
         data: training images of side `config.image_size`; a validation slice is held out of them.
         output: folder for checkpoints and logs.
-        runtime: device, precision and compilation.
+        runtime: device, precision, compilation and layout.
         init: a released checkpoint whose weights the run begins with (fine-tuning, or one more cycle of the schedule as
             in arXiv 1608.03983); a resumed run must have begun with it.
         teachers: released checkpoints whose answers to the same pictures, or the mean of them, the network learns to give.
@@ -102,14 +102,15 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
 
     device = torch.device(local_device(runtime.device))
     images, labels = training.images.to(device), training.labels.to(device)
+    validation = replace(validation, images=validation.images.to(device))  # once, and not after each epoch
     torch.backends.cudnn.benchmark = device.type == "cuda"  # images have few sizes, so trying kernels pays
     torch.manual_seed(config.seed)
-    model = build_network(config.model).to(device).to(memory_format=torch.channels_last)
+    model = build_network(config.model).to(device).to(memory_format=runtime.memory_format)
     ema = MovingAverage(model, config.ema_decay)
     optimizer = _build_optimizer(config, model, runtime.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
     augment = Augmentation(config, len(data.classes), device)
-    distill = Distillation(teachers, config, data, device) if teachers else None
+    distill = Distillation(teachers, config, data, device, runtime.memory_format) if teachers else None
     origins = distill.teachers if distill else []
     state = TrainingState(config, data, origins, output / "last.safetensors", model, ema, optimizer, scaler)
 
@@ -163,7 +164,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             size = image_size_at(config, step, total_steps)
             mix = step < config.augment.mix_until * total_steps
             pictures, targets = augment(images[batch], labels[batch], size, mix=mix)
-            pictures, targets = pictures[share].contiguous(memory_format=torch.channels_last), targets[share]
+            pictures, targets = pictures[share].contiguous(memory_format=runtime.memory_format), targets[share]
 
             model.train()
             with autocast(device, runtime.precision):
@@ -195,7 +196,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
             bar.set_postfix_str(f"epoch {epoch + 1}/{config.epochs} {size}px {rate:.0f} img/s loss {mean_loss:.3f}", False)
 
             if epoch_ends:
-                val_logits = compute_logits(released, validation, config, device)
+                val_logits = compute_logits(released, validation, config, device, layout=runtime.memory_format)
                 val_accuracy = float((val_logits.argmax(1) == validation.labels).float().mean())
                 row = {
                     "epoch": epoch + 1,
@@ -229,7 +230,7 @@ def train(  # noqa: PLR0912, PLR0915 - one loop, read from top to bottom
                 number = termination[0] if termination else None
                 raise Stopped(f"stopped at step {step + 1} {reason}; continue with --resume", number)
         if group.leads:
-            calibration = calibrate(released, training, validation, config, device)
+            calibration = calibrate(released, training, validation, config, device, runtime.memory_format)
             state.release(released, progress, calibration, len(training), len(validation), runtime)
     return state.released_path
 

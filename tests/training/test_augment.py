@@ -105,6 +105,32 @@ def test_a_bicubic_warp_stays_within_black_and_white(photos: ImageSet) -> None:
     assert crops["bicubic"].var() > 1.02 * crops["bilinear"].var()
 
 
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [24, 32, 48])
+def test_a_crop_is_as_bright_at_the_pictures_edge_as_within(photos: ImageSet, resample: str, size: int) -> None:
+    """Of a white picture all is white, as where whole ones are looked at."""
+    plain = {"resample": resample, "normalize_mean": (0.0,) * 3, "normalize_std": (1.0,) * 3}
+    config = TrainConfig(augment=AugmentConfig(crop_scale=0.75, flip=0.5), **plain)  # type: ignore[arg-type]
+    white = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    images, _ = Augmentation(config, 10)(white, photos.labels, size)
+    torch.testing.assert_close(images, torch.ones_like(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_outside_of_a_shifted_picture_is_black(photos: ImageSet, resample: str) -> None:
+    plain = {"resample": resample, "normalize_mean": (0.0,) * 3, "normalize_std": (1.0,) * 3}
+    config = TrainConfig(augment=dataclasses.replace(OFF, pad_crop=4), **plain)  # type: ignore[arg-type]
+    white = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    images, _ = Augmentation(config, 10)(white, photos.labels, 32)
+    assert ((images < 1e-5) | (images > 1 - 1e-5)).all(), "no grey between"
+    black = (images < 0.5).all(1)
+    rows, columns = black.all(2).sum(1), black.all(1).sum(1)
+    assert rows.unique().tolist() == columns.unique().tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal((~black).sum((1, 2)), (32 - rows) * (32 - columns)), "what is left of the picture is a rectangle"
+
+
 def test_flip_mirrors(photos: ImageSet) -> None:
     assert torch.equal(augment(photos, dataclasses.replace(OFF, flip=1.0))[0], unaugmented(photos).flip(-1))
 

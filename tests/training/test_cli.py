@@ -66,15 +66,30 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path, re
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     pictures = {f"docs/images/tiny-{kind}.png" for kind in ("curves", "confusion", "reliability", "mistakes")}
     assert pictures | {"docs/card.md", "tiny.onnx", "tiny.onnx.sha256", "tiny.card.html"} < files
-    assert {"run/evaluation.json", "run/model.json", "run/model.safetensors", "run/last.safetensors"} < files
+    assert {
+        "run/evaluation.json",
+        "run/evaluation-answers.safetensors",
+        "run/model.json",
+        "run/model.safetensors",
+        "run/last.safetensors",
+    } < files
     assert any(name.startswith("run/tensorboard/events") for name in files)
     assert command_line(*steps[0], "--resume").code == 0
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_run_of_so_many_minutes_is_saved_and_goes_on(command_line: CommandLine, tmp_path: Path) -> None:
+    command = ["train", "--epochs=1", *TINY_NET, "--data", CIFAR10, "--output", tmp_path / "run", "--device=cpu"]
+    outcome = command_line(*command, "--minutes=0")
+    assert outcome.code == 143
+    assert outcome.err.splitlines()[-1] == "stopped at step 1 at its deadline; continue with --resume"
+    assert command_line(*command, "--layout=channels-first", "--minutes=5", "--resume").code == 0
 
 
 def test_help_lists_the_commands(command_line: CommandLine) -> None:
     outcome = command_line("--help")
     assert outcome.code == 0
-    commands = ["train", "evaluate", "average", "calibrate", "export", "quantize", "card", "study", "presets"]
+    commands = ["train", "evaluate", "compare", "average", "calibrate", "export", "quantize", "card", "study", "presets"]
     assert re.findall(r"^[│ ]*([a-z]+)  +[A-Z]", outcome.out, re.MULTILINE) == commands
     for name in commands:
         assert command_line(name, "--help").code == 0
@@ -145,6 +160,7 @@ def test_wrong_usage_exits_2(command_line: CommandLine, arguments: list[str]) ->
         (["--set=warmup=2"], "warmup must be in [0, 1)"),
         (["--epochs=0"], "epochs, batch_size and image_size must be at least 1"),
         (["--precision=int8"], "--precision must be float32, bf16 or fp16, not 'int8'"),
+        (["--layout=sideways"], "--layout must be channels-last or channels-first, not 'sideways'"),
         (["--device=abacus"], "--device abacus cannot be used here: "),
         (["--device=meta"], "--device takes cpu, cuda or cuda:N, not meta"),
         (["--data=nowhere"], "nowhere is not a folder"),

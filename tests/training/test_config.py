@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model.architectures import config_from_dict
+from model.checkpoint import load_checkpoint
 from model.convmixer import ConvMixer, ConvMixerConfig, count_parameters
+from model.grow import can_grow
 from model.vit import ViTConfig
 from training.config import AugmentConfig, TrainConfig, settable_fields
 from training.errors import ConfigError
@@ -35,6 +39,15 @@ def test_paper_is_the_papers_network() -> None:
     assert count_parameters(ConvMixer(config.model)) == 706_570
     assert (config.epochs, config.lr, config.adam_eps, config.clip_norm) == (200, 0.01, 1e-3, 1.0)
     assert (config.augment.mixup, config.augment.cutmix, config.augment.erase) == (0.5, 0.5, 0.25)
+
+
+def test_the_gpus_record_is_grown_from_what_is_released(repository: Path) -> None:
+    config, released = get_preset("gpu-record").config, load_checkpoint(repository / "releases/accurate/model.safetensors")
+    assert count_parameters(ConvMixer(config.model)) == 958_522
+    small = config_from_dict(released.description["model"])
+    assert isinstance(small, ConvMixerConfig)
+    assert isinstance(config.model, ConvMixerConfig)
+    assert can_grow(small, config.model)
 
 
 def test_unknown_preset() -> None:

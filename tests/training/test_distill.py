@@ -71,6 +71,20 @@ def test_pictures_are_brought_to_the_size_a_teacher_learnt_at(trained: Path, pho
     torch.testing.assert_close(distill(pictures, own), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("side", [23, 24, 28, 32, 36, 40])
+def test_a_teacher_sees_whole_patches(trained: Path, photos: ImageSet, side: int) -> None:
+    """At every size of the student: of a picture of 37 pixels one with patches of 2 would not see the last row and column."""
+    distill = Distillation([trained], replace(TINY, image_size=40), photos, CPU)
+    ((teacher, _),) = distill._networks
+    seen: list[tuple[int, ...]] = []
+    teacher.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
+    distill(torch.randn(2, 3, side, side), torch.randn(2, 10))
+    ((height, width),) = seen
+    assert height == width
+    assert height % TINY.model.patch_size == 0
+    assert abs(height - 32 / 40 * side) <= TINY.model.patch_size / 2
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_a_student_learns_its_teachers_answers_without_labels(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
     config = replace(

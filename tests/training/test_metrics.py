@@ -13,6 +13,7 @@ from training.metrics import (
     expected_calibration_error,
     familiarity,
     fit_temperature,
+    honest_ece,
     probability_scores,
     proportion_interval,
     rejection_thresholds,
@@ -85,6 +86,18 @@ def test_ece_of_an_over_confident_classifier_is_its_excess() -> None:
     assert probability_scores(logits, labels)["ece"] == pytest.approx(0.35, abs=1e-6)
 
 
+@pytest.mark.parametrize("images", [300, 10_000])
+def test_ece_of_an_honest_classifier_of_few_images_is_what_chance_makes_of_it(
+    honest: tuple[torch.Tensor, torch.Tensor], images: int
+) -> None:
+    found = []
+    for seed in range(20):
+        labels = torch.multinomial(honest[0].softmax(1), 1, generator=torch.Generator().manual_seed(seed))[:images, 0]
+        found.append(probability_scores(honest[0][:images], labels)["ece"])
+    assert honest_ece(honest[0][:images]) == pytest.approx(sum(found) / len(found), rel=0.15)
+    assert honest_ece(1000 * torch.eye(4)) == 0, "whoever is certain and right"
+
+
 def test_bins_count_every_image_and_the_last_takes_certainty() -> None:
     logits = torch.stack([logits_of(0.3), logits_of(0.62), logits_of(0.62), torch.tensor([200.0, 0, 0, 0])])
     bins = calibration_bins(logits, torch.tensor([0, 0, 1, 0]))
@@ -149,6 +162,7 @@ def test_report_adds_up() -> None:
     assert report["per_class"] == {c: pytest.approx(float(confusion[i, i] / confusion[i].sum())) for i, c in enumerate(classes)}
     assert report["temperature"] == 1.2
     assert report["calibrated"] == probability_scores(logits, labels, 1.2)
+    assert report["honest_ece"] == honest_ece(logits, 1.2)
     assert report["uncalibrated"] == probability_scores(logits, labels)
     assert sum(b["count"] for b in report["bins"]) == 300
 

@@ -181,6 +181,23 @@ def test_the_card_has_the_validation_accuracy_that_was_measured_last(artifact: P
         assert f"| Validation accuracy | {said} (" in card
 
 
+def test_the_card_says_what_its_figures_are_of(artifact: Path, evaluated: Path) -> None:
+    """Of 8 bits only the test set was looked at; of one run nothing was chosen; older reports do not know what chance does."""
+    checkpoint, evaluation, found = load_checkpoint(evaluated), load_evaluation(evaluated), metadata(artifact)
+    card = _markdown(checkpoint.description, evaluation, found, "tiny")
+    assert "in float32" not in card
+    assert "(10 held-out images) |" in card
+    assert f"would show an ECE of {evaluation.pop('honest_ece'):.2%} on so many images) |" in card
+    checkpoint.description["training"]["init"] = {"epochs": 1, "seconds": 60, "sha256": "0" * 64}
+    quantized = found | {"quantized": {"float32_top1": 0.5}}
+    card = _markdown(checkpoint.description, evaluation, quantized, "tiny")
+    assert "% in float32 (10 held-out images, by which cycles and view size were chosen) |" in card
+    assert "fitted on the held-out slice in float32 |" in card
+    assert "of held-out images in float32) |" in card
+    assert "would show" not in card
+    assert "this repeats the recipe, and not each bit" in card
+
+
 @pytest.mark.parametrize("name", ["accurate", "fast", "fast-int8"])
 def test_the_card_that_ships_is_the_one_in_the_documentation(repository: Path, name: str) -> None:
     shipped = repository / "app" / "artifacts" / f"{name}.card.html"

@@ -31,7 +31,8 @@ from training.config import AugmentConfig, TrainConfig
 from training.data import ImageSet, load_images, split_validation
 from training.errors import ConfigError, DataError, DivergenceError, ResumeError, Stopped, StorageError
 from training.evaluate import compute_logits
-from training.runtime import Runtime, hardware
+from training.presets import get_preset
+from training.runtime import LAYOUTS, Runtime, hardware
 from training.train import image_size_at, learning_rate, train
 
 FolderOf = Callable[..., Path]
@@ -323,6 +324,30 @@ def test_another_network_cannot_start_from_it(trained: Path, photos: ImageSet, t
         train(replace(TINY, val_fraction=0.5), photos, tmp_path, QUIET, init=trained)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         train(TINY, photos, tmp_path, QUIET, init=tmp_path / "none.safetensors")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_gpus_record_begins_with_what_is_released(photos: ImageSet, tmp_path: Path, repository: Path) -> None:
+    """And learns from it, of a few pictures and in two steps."""
+    few = ImageSet(photos.images[::10], photos.labels[::10], photos.classes)
+    released = [repository / "releases" / name / "model.safetensors" for name in ("accurate", "fast", "teacher")]
+    config = replace(get_preset("gpu-record").config, epochs=1, batch_size=5)
+    description = load_checkpoint(train(config, few, tmp_path, QUIET, init=released[0], teachers=released)).description
+    assert description["parameters"] == 958_522
+    assert description["training"]["steps"] == 2
+    assert description["training"]["init"]["name"] == load_checkpoint(released[0]).description["name"]
+    assert len(description["training"]["teachers"]) == 3
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_layout_in_memory_changes_nothing(trained: Path, photos: ImageSet, tmp_path: Path) -> None:
+    """But for rounding."""
+    first, last = (
+        load_checkpoint(train(TINY, photos, tmp_path / layout, replace(QUIET, layout=layout), teachers=[trained]))
+        for layout in LAYOUTS
+    )
+    for name, tensor in first.tensors.items():
+        torch.testing.assert_close(last.tensors[name], tensor, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.usefixtures("no_compiler")
