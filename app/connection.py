@@ -29,7 +29,8 @@ from app import cross_origin, head, raw_image, refusal
 from app.api.problems import problem_headers, problem_response
 from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceError
 from app.growth import Growth
-from app.protection import OUT_OF_TIME, choose_request_id
+from app.protection import OUT_OF_TIME
+from app.request import choose_request_id
 from app.telemetry.exchange import Exchange, server_timing
 from app.wire import DefaultHeaders, compose
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 
 from app import __version__
 from app.api import classify, health, pages, problems
@@ -18,10 +18,9 @@ from app.api.open_inference import routes as open_inference
 from app.cross_origin import EXPOSED
 from app.errors import StartupError
 from app.keys import ApiKeys
-from app.protection import RequestGuard, classifies, routed_path
+from app.protection import RequestGuard
 from app.service import Service
 from app.settings import Settings
-from app.telemetry.exchange import Exchange
 from app.telemetry.logs import AccessLog
 from app.telemetry.metrics_port import metrics_server
 from app.telemetry.siblings import GatheredMetrics, tell_metrics
@@ -43,12 +42,13 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
         StartupError: a setting is wrong. (A wrong artifact or provider raises it when the lifespan starts.)
     """
     settings = settings or Settings.load()
+    keys = ApiKeys(settings.keys())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
         async with AsyncExitStack() as stack:
             try:
-                service = Service(settings, share=settings.processes if siblings else 1)
+                service = Service(settings, keys, share=settings.processes if siblings else 1)
                 for sentence in settings.contradictions():
                     logger.warning("%s", sentence)
                 close_traces = _watch(settings, service)
@@ -83,13 +83,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     if settings.metrics_port is None:
         app.include_router(health.metrics_router)
     problems.install(app)
-    guarded = RequestGuard(
-        app,
-        keys=ApiKeys(settings.keys()),
-        max_body_bytes=settings.max_body_bytes,
-        answer_failure=problems.answer_failure,
-        on_response=_tell,
-    )
+    guarded = RequestGuard(app)
     origins = settings.origins()
     if not origins:
         return guarded
@@ -106,10 +100,3 @@ def _watch(settings: Settings, service: Service) -> Callable[[], None]:
     if settings.access_log != "off":
         service.watchers.append(AccessLog(settings.access_log))
     return traces.close if traces else lambda: None
-
-
-def _tell(scope: Scope, exchange: Exchange) -> None:
-    service: Service = scope["state"]["service"]
-    if classifies(routed_path(scope)):
-        service.metrics.count_request(exchange.status)
-    service.tell(exchange)

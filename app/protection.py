@@ -7,42 +7,23 @@ chunked bodies without Content-Length. How long they may take is the server's bu
 from __future__ import annotations
 
 import asyncio
-import random
-import re
 import time
-from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.problems import answer_failure
 from app.budget import ByteBudget
 from app.errors import CLIENT_LEFT, BodyTooLarge, NotServing, ServiceError, Unauthorized
-from app.keys import ApiKeys, sent_key
+from app.keys import sent_key
+from app.request import PROTECTED, choose_request_id, classifies, routed_path
 from app.telemetry.exchange import Exchange, server_timing
 
-PROTECTED = ("/classify", "/v2/models")
-"""Paths that ask for a key, if there are keys: what costs the machine's time, and what tells of its use."""
+if TYPE_CHECKING:
+    from app.service import Service
 
 OUT_OF_TIME = NotServing("the service shut down before the request was done; send it again, to another replica", retry_after_s=1)
 """The time for a graceful end is over: uploads are cut short, and what waits is cancelled, by uvicorn."""
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-
-
-def classifies(path: str) -> bool:
-    """Whether requests to this path are work for the model: those that metrics count and traces show."""
-    return path == "/classify" or (path.startswith("/v2/models/") and path.endswith("/infer"))
-
-
-def routed_path(scope: Scope) -> str:
-    """The request's path as routes have it: without the prefix below which a proxy or Ray Serve has put the service (ASGI 3)."""
-    path: str = scope["path"]
-    prefix = scope.get("root_path", "").rstrip("/")
-    return path[len(prefix) :] if prefix and path.startswith(prefix + "/") else path
-
-
-def choose_request_id(sent: bytes) -> str:
-    """The client's own `X-Request-ID` if it is short and plain, else a new one."""
-    return sent.decode() if sent and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
 
 
 class RequestGuard:
@@ -50,30 +31,14 @@ class RequestGuard:
 
     A client's `X-Request-ID` is kept if it is short and plain, else replaced; it is in `scope["state"]["request_id"]`
     and in every answer's headers, as is `Server-Timing`. `scope["state"]["exchange"]` takes what routes know of the
-    request's images and failures.
+    request's images and failures. Keys, limits and who is told of answers are the service's, in `scope["state"]["service"]`.
 
     Args:
         app: the application.
-        keys: who may ask.
-        max_body_bytes: largest body.
-        answer_failure: answers a ServiceError raised before or while the body arrived.
-        on_response: told scope and exchange of every answer, for metrics, access log and traces.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        keys: ApiKeys,
-        max_body_bytes: int,
-        answer_failure: Callable[[Scope, ServiceError, Send], Awaitable[None]],
-        on_response: Callable[[Scope, Exchange], None],
-    ) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.keys = keys
-        self.max_body_bytes = max_body_bytes
-        self.answer_failure = answer_failure
-        self.on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection scope (ASGI 3)."""
@@ -84,8 +49,8 @@ class RequestGuard:
         headers = dict(scope["headers"])
         request_id = choose_request_id(headers.get(b"x-request-id", b""))
         exchange = _begin(scope, request_id)
-        service = scope["state"]["service"]
-        body = _LimitedBody(receive, self.max_body_bytes, service.bodies, exchange)
+        service: Service = scope["state"]["service"]
+        body = _LimitedBody(receive, service.settings.max_body_bytes, service.bodies, exchange)
         started = complete = False
 
         def finish(status: int, sent_bytes: int) -> None:
@@ -100,7 +65,7 @@ class RequestGuard:
                 finish(message["status"], int(dict(sent).get(b"content-length", 0)))
                 timing = server_timing(exchange.timings, exchange.seconds)
                 message["headers"] = [*sent, (b"x-request-id", request_id.encode()), (b"server-timing", timing.encode())]
-                self.on_response(scope, exchange)
+                _tell(service, scope, exchange)
                 if body.is_left:  # the rest is not worth reading, or may never come
                     message["headers"].append((b"connection", b"close"))
             await send(message)
@@ -108,42 +73,28 @@ class RequestGuard:
 
         try:
             body.unread = True
-            self._admit(scope, headers)
+            _admit(service, scope, headers)
             body.unread = False
             await self.app(scope, body.receive, send_with_id)
         except ServiceError as error:
             if started:
                 raise
-            await self.answer_failure(scope, error, send_with_id)
+            await answer_failure(scope, error, send_with_id)
         except asyncio.CancelledError:
             if started:
                 raise
             if service.drain_by is None:  # by Ray Serve: its client has left, or it has waited long enough
                 finish(CLIENT_LEFT, 0)
-                self.on_response(scope, exchange)
+                _tell(service, scope, exchange)
                 raise
             body.unread = True
-            await self.answer_failure(scope, OUT_OF_TIME, send_with_id)
+            await answer_failure(scope, OUT_OF_TIME, send_with_id)
         except Exception:
             if not complete:
                 raise
             # a defect that was answered and logged: Starlette raises it again, for servers that would log it
         finally:
             service.bodies.give_back(exchange.received_bytes)
-
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if routed_path(scope).startswith(PROTECTED) and not self.keys.admit(scope["headers"]):
-            if sent_key(scope["headers"]):
-                challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # not where none was sent (RFC 6750, 3.1)
-                raise Unauthorized("the key that was sent is none of this service's", headers=challenge)
-            detail = "this service asks for a key: send `Authorization: Bearer KEY`"
-            raise Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
-        declared = headers.get(b"content-length", b"0")
-        if declared.isdigit() and int(declared[:20]) > self.max_body_bytes:
-            raise BodyTooLarge(
-                f"the body has {int(declared[:20]):,} bytes; the limit is {self.max_body_bytes:,} (CONVMIXER_MAX_BODY_BYTES); "
-                "send fewer or smaller images"
-            )
 
 
 class _LimitedBody:
@@ -197,3 +148,25 @@ def _begin(scope: Scope, request_id: str) -> Exchange:
     exchange = Exchange(scope["method"], path, scope["client"], scope["headers"], request_id, begin)
     scope["state"] |= {"request_id": request_id, "exchange": exchange}
     return exchange
+
+
+def _admit(service: Service, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    if routed_path(scope).startswith(PROTECTED) and not service.keys.admit(scope["headers"]):
+        if sent_key(scope["headers"]):
+            challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # not where none was sent (RFC 6750, 3.1)
+            raise Unauthorized("the key that was sent is none of this service's", headers=challenge)
+        detail = "this service asks for a key: send `Authorization: Bearer KEY`"
+        raise Unauthorized(detail, headers={"WWW-Authenticate": "Bearer"})
+    limit = service.settings.max_body_bytes
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared[:20]) > limit:
+        raise BodyTooLarge(
+            f"the body has {int(declared[:20]):,} bytes; the limit is {limit:,} (CONVMIXER_MAX_BODY_BYTES); "
+            "send fewer or smaller images"
+        )
+
+
+def _tell(service: Service, scope: Scope, exchange: Exchange) -> None:
+    if classifies(routed_path(scope)):
+        service.metrics.count_request(exchange.status)
+    service.tell(exchange)

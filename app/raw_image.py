@@ -21,7 +21,7 @@ from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_
 from app.deadline import deadline_ms, time_left_s
 from app.engine.outcome import Outcome, Timing
 from app.errors import CLIENT_LEFT, ServiceError
-from app.protection import choose_request_id
+from app.request import choose_request_id
 from app.settings import MOST_DEADLINE_MS
 from app.telemetry.exchange import Exchange, server_timing
 from app.verdict import judge

@@ -37,6 +37,7 @@ class Service:
 
     Args:
         settings: all of them.
+        keys: who may ask over HTTP; None: everybody.
         share: processes that share this machine's cores (`app.processes`).
 
     Attributes:
@@ -52,8 +53,9 @@ class Service:
         StartupError: the artifact, the provider or a setting is wrong.
     """
 
-    def __init__(self, settings: Settings, *, share: int = 1) -> None:
+    def __init__(self, settings: Settings, keys: ApiKeys | None = None, *, share: int = 1) -> None:
         self.settings = settings
+        self.keys = keys or ApiKeys([])
         self.leaving = False
         self.drain_by: float | None = None
         self.gathered: GatheredMetrics | None = None
@@ -65,7 +67,6 @@ class Service:
         self.metrics = Metrics(self.metadata.classes)
         self.watchers: list[Watcher] = []
         self.statistics = InferenceStatistics()
-        self.keys = ApiKeys(settings.keys())
         self.bodies = ByteBudget(settings.max_held_bytes)
         self.long_json = asyncio.Lock()
         self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)

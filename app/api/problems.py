@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Scope, Send
 
 from app.errors import CLIENT_LEFT, PHRASES, InvalidParameter, ServiceError
-from app.protection import routed_path
+from app.request import routed_path
 from app.schemas import Prediction
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from app import __version__
 from app.errors import CLIENT_LEFT
-from app.protection import classifies
+from app.request import classifies
 from app.telemetry.exchange import Exchange
 
 if TYPE_CHECKING:
