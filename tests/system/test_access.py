@@ -85,10 +85,10 @@ def test_below_a_prefix_keys_are_asked_for_too(samples):
 def test_an_empty_key_file_does_not_open_the_service(start, tmp_path):
     (tmp_path / "keys").write_text("\n")
     server = start(api_keys_file=tmp_path / "keys")
-    assert server.wait() != 0
+    assert server.wait() == 1
     assert "holds no key" in server.log
     server = start(api_keys_file=tmp_path / "nowhere")
-    assert server.wait() != 0
+    assert server.wait() == 1
     assert "CONVMIXER_API_KEYS_FILE" in server.log
 
 
@@ -99,7 +99,7 @@ def test_metrics_on_a_port_of_their_own(start, samples):
     assert httpx.get(f"{url}/metrics").status_code == 404
     assert "convmixer_images_total 1.0" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
     taken = start(metrics_port=port)
-    assert taken.wait() != 0
+    assert taken.wait() == 3
     assert "CONVMIXER_METRICS_PORT" in taken.log
 
 
@@ -161,7 +161,7 @@ def test_what_the_connection_itself_refuses_may_be_read_by_pages_too(start, orig
 
 def refused(start, path) -> str:
     server = start(model=path)
-    assert server.wait() != 0
+    assert server.wait() == 3
     assert "Traceback" not in server.log
     return server.log
 

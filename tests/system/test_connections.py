@@ -405,6 +405,39 @@ def test_a_defect_is_answered_and_logged_once_and_costs_nobody_the_connection():
     assert problem["request_id"] in server.log
 
 
+DEAF = """
+import app.main, app.cli
+open_traces = app.main.open_traces
+
+def with_a_defect():
+    def watcher(exchange):
+        raise ValueError("nobody can be told")
+    watcher.wants = lambda *_: True
+    watcher.close = lambda: None
+    return watcher
+
+app.main.open_traces = with_a_defect
+app.cli.app(["serve"])
+"""
+
+
+def test_telling_of_an_answer_may_fail_without_harm(samples):
+    """The deadline of an upload is enforced in the server's own loop, which an exception would end."""
+    with ServerProcess(program=("-c", DEAF), receive_timeout_s=1) as server:
+        url = server.wait_until_ready()
+        for wire in (classify_request(samples[0].data)[:-10], CLASSIFY + STALLING):
+            with connect(url) as connection:
+                connection.sendall(wire)
+                ((status, _, body),) = answers(connection)
+            assert (status, body["code"]) == (408, "receive_timeout")
+        response = httpx.post(f"{url}/classify", content=samples[0].data, headers={"Content-Type": "image/webp"})
+        assert response.json()["predictions"][0]["label"] == samples[0].label
+        assert server.process.poll() is None
+        assert server.log.count("nobody can be told") >= 3
+        server.process.terminate()
+        assert server.wait() == 0
+
+
 def test_cookies_are_not_read():
     """FastAPI would have them parsed for every route, which takes seconds for some (CVE-2024-7592)."""
     program = "import starlette.requests, app.cli; starlette.requests.cookie_parser = lambda _: 1 / 0; app.cli.app(['serve'])"
