@@ -244,8 +244,8 @@ PRESETS: dict[str, Preset] = {
         replace(_TAUGHT_BY_THREE, lr=0.005, muon_lr=0.005, seed=17),
         source="ours: a thirteenth cycle, begun with what `cpu-12` ended with (--init), at a higher rate, learning from the mean "
         "of `accurate` 1.4.0, `cpu-12` and `cpu-teacher-2` (--teacher, three times), mixing to the end",
-        cost="93 minutes on two Xeon cores with AMX, bf16, beside other work (235 images a second at 24 px, 105 at 36, with all three "
-        "teachers)",
+        cost="93 minutes on two Xeon cores with AMX, bf16, beside other work (235 images a second at 24 px, 105 at 36, with all "
+        "three teachers)",
         result="95.81 % on the test set, one run: held out as good as `cpu-12`, and not released",
     ),
     "cpu-accurate": Preset(

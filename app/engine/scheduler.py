@@ -127,7 +127,7 @@ class Scheduler:
             and not self.waiting()
             and not self.draining
             and self.session.provider == "cpu"  # a GPU may hang for good, and with it who waits for it
-            and self.service_time.image_s <= _HERE_S
+            and self.service_time.lone_s <= _HERE_S
             and time.monotonic() >= self._here_from
         )
 

@@ -14,29 +14,36 @@ class ServiceTime:
 
     Attributes:
         image_s: what is expected of the next.
+        lone_s: the same of one that has every core.
     """
 
     def __init__(self, image_s: float, workers: int) -> None:
-        self.image_s, self._workers = image_s, workers
-        self._least_alone = image_s
-        self._odd_in_row = 0
+        self.image_s = self.lone_s = image_s
+        self._workers = workers
+        self._in_company = image_s if workers > 1 else 0.0  # one worker has every core whatever waits
+        self._odd_in_row = self._odd_alone = 0
 
     def observe(self, seconds: float, *, alone: bool = False) -> None:
         """Learns from what an image of the last batch took.
 
         Args:
             seconds: of the batch's worker, for each of its images.
-            alone: it had every core, and so was faster than an image in company will be: it may only tell of a longer time, or
-                correct one that is too long.
+            alone: it had every core, and so was faster than an image in company will be: of those it may only tell that they
+                take longer, or correct a time that is too long.
         """
         if alone:
-            seconds = max(seconds, self._least_alone)
-        usual = self.image_s
-        self._odd_in_row = self._odd_in_row + 1 if not usual / 2 <= seconds <= 2 * usual else 0
-        if self._odd_in_row > self._workers:  # no exception any more, but another load
-            self.image_s += 0.5 * (seconds - usual)
-        else:  # one huge picture must not have the next hundred refused
-            self.image_s += 0.1 * (min(seconds, 2 * usual) - usual)
+            self.lone_s, self._odd_alone = self._moved(self.lone_s, seconds, self._odd_alone)
+            seconds = max(seconds, min(self.image_s, self._in_company))
+        self.image_s, self._odd_in_row = self._moved(self.image_s, seconds, self._odd_in_row)
+
+    def _moved(self, usual: float, seconds: float, odd_in_row: int) -> tuple[float, int]:
+        """The moving average with one value more, and how many in a row have been odd."""
+        odd_in_row = odd_in_row + 1 if not usual / 2 <= seconds <= 2 * usual else 0
+        if odd_in_row > self._workers:  # no exception any more, but another load
+            return usual + 0.5 * (seconds - usual), odd_in_row
+        return usual + 0.1 * (
+            min(seconds, 2 * usual) - usual
+        ), odd_in_row  # one huge picture must not have the next hundred refused
 
     def wait_s(self, waiting: int, busy: int, more: int) -> float:
         """Until so many more images are done; 0 while a worker is free for each, or all are free.

@@ -41,7 +41,7 @@ from benchmarks.server import free_port
 GIVE_UP_S = 240
 REPEATS = 5
 MAX_QUEUE = 20
-BROKEN = {b"": "unsupported_image", b"not an image": "unsupported_image", None: "undecodable_image"}
+BROKEN = {b"": "undecodable_image", b"not an image": "unsupported_image", None: "undecodable_image"}
 
 
 @pytest.fixture(scope="module")

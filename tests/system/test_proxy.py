@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shutil
 import signal
@@ -105,13 +104,13 @@ def test_what_it_refuses_itself_is_a_problem_document(proxy):
 
 
 @with_haproxy
-def test_bytes_that_are_no_request_are_a_problem_document_too(cluster):
+def test_bytes_that_are_no_request_reach_no_replica(cluster):
+    """HAProxy's parser answers with a page of its own, whatever `http-error` says."""
     with socket.create_connection(("127.0.0.1", cluster.port), timeout=30) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n")
-        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400 ")
-    assert b"application/problem+json" in head
-    assert json.loads(body)["code"] == "malformed_request"
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"problem+json" not in answer
 
 
 class EndsInTheMiddle(BaseHTTPRequestHandler):

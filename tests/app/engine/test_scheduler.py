@@ -744,7 +744,7 @@ def test_a_worker_that_dies_is_told(session, make, samples, monkeypatch):
 def test_what_fails_beside_the_model_fails_its_batch_alone(session, make, samples, monkeypatch):
     scheduler = make()
     with monkeypatch.context() as broken:
-        broken.setattr(scheduler.service_time, "observe", lambda _: 1 / 0)
+        broken.setattr(scheduler.service_time, "observe", lambda *_, **__: 1 / 0)
         (future,) = scheduler.submit([samples[0].data])
         assert isinstance(future.exception(TIMEOUT_S), InferenceFailed)
     assert scheduler.submit([samples[0].data])[0].result(TIMEOUT_S).logits is not None
