@@ -128,7 +128,7 @@ class _Server(uvicorn.Server):
                 await self._enforce_deadlines(now)
                 if now > drain_by - _ANSWERED_WITHIN_S:
                     for connection in self._connections():
-                        with _alone(connection):
+                        with _contained(connection):
                             connection.refuse_unfinished()
                 await asyncio.sleep(0.5)
 
@@ -142,7 +142,7 @@ class _Server(uvicorn.Server):
         for count, connection in enumerate(self._connections()):
             if count % _SWEPT_AT_ONCE == _SWEPT_AT_ONCE - 1:
                 await asyncio.sleep(0)
-            with _alone(connection):
+            with _contained(connection):
                 connection.enforce_deadlines(now)
 
     def _connections(self) -> list[Protocol]:
@@ -150,7 +150,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _alone(connection: Protocol) -> Iterator[None]:
+def _contained(connection: Protocol) -> Iterator[None]:
     """A defect met at one connection costs that one: raised further, it would end uvicorn's loop, and with it the service."""
     try:
         yield

@@ -22,7 +22,9 @@ READY_TIMEOUT_S = 60
 
 
 class ServerProcess:
-    """`convmixer serve` with the given settings; as a context, it is stopped at the end, and must have ended well.
+    """`convmixer serve` with the given settings; as a context, it is stopped at the end, and must end well.
+
+    One whose end was asked for before (`wait`, `stop`) may have ended in any way.
 
     Args:
         under: a command that starts it, e.g. `prlimit`.
@@ -43,6 +45,7 @@ class ServerProcess:
         command = [*under, sys.executable, *program]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
         self._lines: list[str] = []  # a text would be copied for each of a hundred thousand
+        self._end_is_known = False
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -59,12 +62,12 @@ class ServerProcess:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        had_ended = self.process.poll() is not None
+        end_was_known = self._end_is_known
         try:
             code = self.stop()
         finally:
             self.process.kill()  # nothing, if it has ended
-        if failure is None and not had_ended:
+        if failure is None and not end_was_known:
             assert code == 0, f"exit code {code}\n{self.log}"
             assert "Traceback" not in self.log, self.log
 
@@ -114,6 +117,7 @@ class ServerProcess:
     def wait(self) -> int:
         """Exit code, once the process has ended."""
         code = self.process.wait(READY_TIMEOUT_S)
+        self._end_is_known = True
         if self.log_has_ended(READY_TIMEOUT_S):
             assert self.process.stderr
             self.process.stderr.close()

@@ -110,7 +110,9 @@ def install(app: FastAPI) -> None:
         code = status.phrase.lower().replace(" ", "_")
         _note(request.scope, code, error)
         headers = dict(error.headers or {})
-        detail = _of_path(request, status, headers) if error.detail == status.phrase else str(error.detail)
+        if "Allow" in headers:  # Starlette keeps methods in a set, whose order changes from one process to the next
+            headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
+        detail = _of_path(request, headers.get("Allow")) if error.detail == status.phrase else str(error.detail)
         return _respond(routed_path(request.scope), status, code, detail, request.state.request_id, headers)
 
     @app.exception_handler(ClientDisconnect)
@@ -128,13 +130,11 @@ def install(app: FastAPI) -> None:
         return defect_response(routed_path(request.scope), error, request.state.request_id)
 
 
-def _of_path(request: Request, status: HTTPStatus, headers: dict[str, str]) -> str:
-    """What is wrong with path or method, in place of Starlette's bare phrase."""
+def _of_path(request: Request, allowed: str | None) -> str:
+    """What is wrong with the method, if others are allowed, or with the path: in place of Starlette's bare phrase."""
     path = request.state.exchange.path[:_SHOWN]
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        # Starlette keeps methods in a set, whose order changes from one process to the next
-        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
-        return f"{path} takes {headers['Allow']}, not {request.method[:_SHOWN]}"
+    if allowed:
+        return f"{path} takes {allowed}, not {request.method[:_SHOWN]}"
     return f"there is no {path} here; /docs has what there is"
 
 

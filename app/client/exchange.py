@@ -181,7 +181,8 @@ def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:
 
 def _pause_s(refusals: int, failure: ClientError) -> float:
     """Exponential with full jitter, but not before the server said; later by chance, so that not all come back at once."""
-    backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(refusals, 16)))  # noqa: S311 (no secret)
+    doubled = 2.0 ** min(refusals, 64)  # 2.0**1024 would overflow
+    backoff_s = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * doubled))  # noqa: S311 (no secret)
     told_s = failure.retry_after_s if isinstance(failure, RequestFailed) else None
     return backoff_s if told_s is None else max(backoff_s, told_s * random.uniform(1, 1.25))  # noqa: S311
 

@@ -41,9 +41,8 @@ class ServiceTime:
         odd_in_row = odd_in_row + 1 if not usual / 2 <= seconds <= 2 * usual else 0
         if odd_in_row > self._workers:  # no exception any more, but another load
             return usual + 0.5 * (seconds - usual), odd_in_row
-        return usual + 0.1 * (
-            min(seconds, 2 * usual) - usual
-        ), odd_in_row  # one huge picture must not have the next hundred refused
+        counted = min(seconds, 2 * usual)  # one huge picture must not have the next hundred refused
+        return usual + 0.1 * (counted - usual), odd_in_row
 
     def wait_s(self, waiting: int, busy: int, more: int) -> float:
         """Until so many more images are done; 0 while a worker is free for each, or all are free.
