@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -84,6 +85,14 @@ def serve(
     if settings.processes > 1 and fd is None:
         raise SystemExit(_supervise(settings))
     _spare_the_start()
+    from app.memory import return_large_buffers
+    from app.service import open_session
+
+    return_large_buffers()
+    # beside the imports of what speaks HTTP, which take longer: onnxruntime needs a core, and not the interpreter
+    loader = ThreadPoolExecutor(1, "load")
+    opened = loader.submit(open_session, settings, settings.processes if siblings else 1)
+    loader.shutdown(wait=False)
     from app.main import create_app
     from app.server import run, within_open_files
 
@@ -99,7 +108,7 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
-        run(create_app(settings, siblings), settings, None if fd is None else socket.socket(fileno=fd), parent)
+        run(create_app(settings, siblings, opened), settings, None if fd is None else socket.socket(fileno=fd), parent)
     except StartupError as error:
         logging.getLogger(__name__).critical("the service does not start: %s", error)
         raise SystemExit(1) from error

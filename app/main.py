@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from app import __version__
 from app.api import classify, health, pages, problems
 from app.api.open_inference import routes as open_inference
 from app.cross_origin import EXPOSED
+from app.engine.session import Session
 from app.errors import StartupError
 from app.keys import ApiKeys
 from app.protection import RequestGuard
@@ -29,7 +31,7 @@ from app.telemetry.traces import open_traces
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings | None = None, siblings: Path | None = None) -> ASGIApp:
+def create_app(settings: Settings | None = None, siblings: Path | None = None, opened: Future[Session] | None = None) -> ASGIApp:
     """Builds the application: FastAPI behind the guard.
 
     The guard stands outside of FastAPI and not among its middleware, because its own entrance costs more than the guard.
@@ -37,6 +39,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     Args:
         settings: None reads the environment.
         siblings: folder in which the processes behind one address meet (`app.processes`).
+        opened: the model, if somebody is at it already (`app.service.open_session`); else the lifespan opens it.
 
     Raises:
         StartupError: a setting is wrong. (A wrong artifact or provider raises it when the lifespan starts.)
@@ -48,7 +51,7 @@ def create_app(settings: Settings | None = None, siblings: Path | None = None) -
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Service]]:
         async with AsyncExitStack() as stack:
             try:
-                service = Service(settings, keys, share=settings.processes if siblings else 1)
+                service = Service(settings, keys, opened.result() if opened else None)
                 for sentence in settings.contradictions():
                     logger.warning("%s", sentence)
                 close_traces = _watch(settings, service)

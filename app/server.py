@@ -20,7 +20,6 @@ import uvicorn
 
 from app.connection import PROBE_CONNECTIONS, Protocol
 from app.exit_codes import ExitCode
-from app.memory import return_large_buffers
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,7 +48,6 @@ def run(app: ASGIApp, settings: Settings, listening: socket.socket | None = None
         listening: an open socket in place of the address, shared with other processes (`app.processes`).
         parent: id of the process that replaces this one, if there is one; without it this one leaves.
     """
-    return_large_buffers()
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -32,13 +32,28 @@ _LAST_BATCH_S = 1.0
 """For what the workers have in hand, though the time for a graceful end is over."""
 
 
+def open_session(settings: Settings, share: int = 1) -> Session:
+    """The model that the settings name: verified, loaded and warm.
+
+    Args:
+        settings: all of them.
+        share: processes that share this machine's cores (`app.processes`).
+
+    Raises:
+        StartupError: the artifact, the provider or a setting is wrong.
+    """
+    verified = read_verified(settings.artifact_path(), settings.model_sha256)
+    cores = max(1, (settings.cores or available_cores()) // share)
+    return Session(verified, settings.provider, precision=settings.precision, cores=cores)
+
+
 class Service:
-    """Verifies the artifact, opens a session, warms it up and starts the scheduler.
+    """Measures how the machine runs the model, and starts the scheduler.
 
     Args:
         settings: all of them.
         keys: who may ask over HTTP; None: everybody.
-        share: processes that share this machine's cores (`app.processes`).
+        session: as `open_session` gives it; None opens one.
 
     Attributes:
         gathered: the metrics of all processes behind one address; None if there is one process.
@@ -53,23 +68,21 @@ class Service:
         StartupError: the artifact, the provider or a setting is wrong.
     """
 
-    def __init__(self, settings: Settings, keys: ApiKeys | None = None, *, share: int = 1) -> None:
+    def __init__(self, settings: Settings, keys: ApiKeys | None = None, session: Session | None = None) -> None:
         self.settings = settings
         self.keys = keys or ApiKeys([])
         self.leaving = False
         self.drain_by: float | None = None
         self.gathered: GatheredMetrics | None = None
-        verified = read_verified(settings.artifact_path(), settings.model_sha256)
-        self.sha256 = verified.sha256
-        cores = max(1, (settings.cores or available_cores()) // share)
-        self.session = Session(verified, settings.provider, precision=settings.precision, cores=cores)
+        self.session = session or open_session(settings)
+        self.sha256 = self.session.sha256
         self.metadata = self.session.metadata
         self.metrics = Metrics(self.metadata.classes)
         self.watchers: list[Watcher] = []
         self.statistics = InferenceStatistics()
         self.bodies = ByteBudget(settings.max_held_bytes)
         self.long_json = asyncio.Lock()
-        self.calibration = calibrate(self.session, cores, workers=settings.workers, max_batch=settings.max_batch)
+        self.calibration = calibrate(self.session, self.session.cores, workers=settings.workers, max_batch=settings.max_batch)
         limits = DecodeLimits(settings.max_pixels, settings.max_side)
         limits.apply_to_pillow()
         self.scheduler = Scheduler(

@@ -62,7 +62,9 @@ class Session:
 
     Attributes:
         metadata: what the artifact says of itself.
+        sha256: of the model file, hexadecimal.
         provider: where it computes.
+        cores: as given.
         warm_up_ms: duration of the first runs, in milliseconds.
 
     Raises:
@@ -78,7 +80,7 @@ class Session:
         cores: int = 1,
     ) -> None:
         self.provider, self._session = _open(model, provider, precision, cores)
-        self._precision = precision
+        self.sha256, self.cores, self._precision = model.sha256, cores, precision
         shares = self.provider != "cuda" and cores > 1
         self._lone = _create(model, self.provider, precision, threads=cores) if shares else self._session
         self.metadata: ArtifactMetadata = parse_metadata(self._session.get_modelmeta().custom_metadata_map)
