@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import select
-import socket
-import struct
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
-from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -31,6 +26,8 @@ from app.errors import MalformedRequest, Overloaded, ReceiveTimeout, ServiceErro
 from app.growth import Growth
 from app.protection import OUT_OF_TIME
 from app.request import choose_request_id
+from app.room import Room
+from app.sockets import HAS_LEFT, HAS_SENT, happened, reset
 from app.telemetry.exchange import Exchange, server_timing
 from app.wire import DefaultHeaders, compose
 
@@ -38,13 +35,6 @@ if TYPE_CHECKING:
     from app.service import Service
 
 logger = logging.getLogger(__name__)
-
-PROBES = {b"/livez", b"/readyz", b"/v2/health/live", b"/v2/health/ready", b"/metrics"}
-PROBE_CONNECTIONS = 16
-"""Beyond `CONVMIXER_MAX_CONNECTIONS`, for nothing but these: overload is no reason to be restarted."""
-
-_STUCK_S = 2.0
-"""A client that has not read its answer for so long makes room for another."""
 
 MAX_PIPELINED = 32
 """Requests that may wait on one connection for the answer to an earlier one; uvicorn would keep any number."""
@@ -61,12 +51,6 @@ _CLOSE_WITHIN_S = 2.0
 _CLOSED_BEFORE_THE_END_S = 1.0
 """So long before the end of the time to drain, none goes on any more; the sweep that closes them may be late."""
 
-_HAS_LEFT = getattr(select, "POLLRDHUP", 0)
-"""That a client closed its sending side; where that is not told (macOS), one that closed both or broke off still is."""
-
-_LOOKS = 64
-"""Connections looked at for one that may be closed to make room."""
-
 
 class Protocol(HttpToolsProtocol):
     """One connection.
@@ -74,14 +58,12 @@ class Protocol(HttpToolsProtocol):
     Attributes:
         receive_by: time.monotonic() at which the request that is arriving must be complete; None while none is.
         active: time.monotonic() at which something last arrived, or an answer was written.
-        idle: the connections of this process that wait for their clients, whose uploads are not complete or who have nothing
-            in work; the longest waiting first.
-        probes: those beyond the limit, which may ask for nothing but `PROBES`; the oldest first.
+        room: for the connections of this process.
+        stuck_since: time.monotonic() since when its client does not read; None if it does.
         last_refusal: what was refused last, written down.
     """
 
-    idle: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
-    probes: ClassVar[dict[Protocol, None]] = {}
+    room: ClassVar[Room] = Room()
     last_refusal: ClassVar[refusal.Written | None] = None
     _default_headers: ClassVar[DefaultHeaders] = DefaultHeaders()
 
@@ -103,75 +85,22 @@ class Protocol(HttpToolsProtocol):
         self._growth = Growth(self.settings.receive_timeout_s)
         self._deaf = False
         self._close_at: float | None = None  # our side is closed, the client's not yet
-        self._stuck_since: float | None = None
+        self.stuck_since: float | None = None
         self._last = False  # the connection ends with the request that is arriving
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected (asyncio)."""
-        full = len(self.connections) - len(self.probes) >= self.settings.max_connections
+        others = len(self.connections)
         super().connection_made(transport)
         self.receive_by = self.active + self.settings.receive_timeout_s
-        if full and not self._make_room(for_probes=False):
-            # who takes the place of a probe may only probe, too: else clients would make all of these ordinary ones, one by one
-            if len(self.probes) < PROBE_CONNECTIONS or self._make_room(for_probes=True):
-                self.probes[self] = None
-            else:
-                self._refuse(self._all_busy())
-        self.idle[self] = None
+        if not self.room.enter(self, others):
+            self._refuse(self._all_busy())
 
     def _all_busy(self) -> Overloaded:
         limit = f"{self.settings.max_connections} (CONVMIXER_MAX_CONNECTIONS)"
         return Overloaded(f"all {limit} connections are busy; try again later", retry_after_s=1, reason="connections")
 
-    def _make_room(self, *, for_probes: bool) -> bool:
-        """Closes who has waited longest for its client, or does not read its answer; False if there is nobody.
-
-        Args:
-            for_probes: among `probes`, or among all others.
-        """
-        waiting = filter(self.idle.__contains__, self.probes) if for_probes else islice(self.idle, _LOOKS)
-        for connection in [one for one in waiting if (one in self.probes) is for_probes]:
-            if connection.transport.is_closing():
-                del self.idle[connection]
-            elif connection.transport.get_write_buffer_size() or _happened(connection.transport, select.POLLIN):
-                self.idle.move_to_end(connection)  # closing now would lose an answer, or a request that was just sent
-            else:
-                connection.transport.abort()
-                return True
-        stuck_before = self.active - _STUCK_S
-        for other in self.connections:
-            connection = cast("Protocol", other)
-            if (connection in self.probes) is for_probes and (connection._stuck_since or self.active) < stuck_before:
-                connection._cut_off()
-                self.connections.discard(connection)  # or the next one would find it, too
-                self.probes.pop(connection, None)
-                return True
-        return False
-
-    @classmethod
-    def end_slow_uploads(cls, count: int) -> bool:
-        """Ends uploads that have stopped or crawl, the largest first, or none if all of those hold too little.
-
-        Args:
-            count: bytes that they must hold together.
-
-        Returns:
-            Whether they do; all of it is given back.
-        """
-        now = time.monotonic()
-        slow = [(upload.received_bytes, one, upload) for one in cls.idle if (upload := one._slow_upload(now))]
-        ended = []
-        for held, one, upload in sorted(slow, key=lambda found: -found[0]):
-            if count > 0 and not _happened(one.transport, select.POLLIN):  # else it has sent more, and nobody has looked yet
-                count -= held
-                ended.append((one, upload))
-        if count > 0:
-            return False
-        for one, upload in ended:
-            one._end_upload(upload)
-        return True
-
-    def _slow_upload(self, now: float) -> raw_image.RawImageRequest | Exchange | None:
+    def slow_upload(self, now: float) -> raw_image.RawImageRequest | Exchange | None:
         """The request that is arriving, if there is one that holds anything and hardly grows."""
         arriving = self.receive_by is not None and not self._in_headers and self._growth.has_stalled(now)
         if not arriving or self.cycle is None or self.cycle.response_complete:
@@ -179,7 +108,12 @@ class Protocol(HttpToolsProtocol):
         upload: raw_image.RawImageRequest | Exchange | None = self._raw or self.cycle.scope["state"].get("exchange")
         return upload if upload and upload.received_bytes else None
 
-    def _end_upload(self, upload: raw_image.RawImageRequest | Exchange) -> None:
+    def end_upload(self, upload: raw_image.RawImageRequest | Exchange) -> None:
+        """Refuses that request, and gives back what has come of it.
+
+        Args:
+            upload: as `slow_upload` told it.
+        """
         bodies = self.service.bodies
         try:
             self._refuse(bodies.full())
@@ -192,8 +126,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or was cut off (asyncio)."""
-        self.idle.pop(self, None)
-        self.probes.pop(self, None)
+        self.room.leave(self)
         self._stop_running()
         super().connection_lost(exc)
 
@@ -204,7 +137,7 @@ class Protocol(HttpToolsProtocol):
         if self._between and not self._header_bytes and not (data := data.lstrip(b"\r\n")):
             return  # an empty line before a request is no part of it (RFC 9112, 2.2)
         self.active = begin = time.monotonic()
-        self.idle.pop(self, None)
+        self.room.waiting.pop(self, None)
         # the parser holds no part of a request, so one that is whole may go around it
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
         repeats = whole and not self.flow.write_paused and not self._last
@@ -221,7 +154,7 @@ class Protocol(HttpToolsProtocol):
                 self._repeated = raw_image.RepeatedHead.learn(data, self._raw)
         running = self._running
         if running is None or running.response_complete or running.more_body:
-            self.idle[self] = None
+            self.room.waiting[self] = None
 
     def _parse(self, data: bytes) -> None:
         in_body = not self._in_headers
@@ -263,11 +196,8 @@ class Protocol(HttpToolsProtocol):
         waiting_headers = sum(len(list(cycle.scope["headers"])) for cycle, _ in self.pipeline)
         if len(self.pipeline) >= MAX_PIPELINED or waiting_headers > _MOST_PIPELINED_HEADERS:
             self._refuse(MalformedRequest("too many requests wait on this connection"))  # ends it, unsaid
-        if self in self.probes and self.url.partition(b"?")[0] not in PROBES:
-            if len(self.connections) - len(self.probes) < self.settings.max_connections:  # others have left since
-                del self.probes[self]
-            else:
-                self._refuse(self._all_busy())
+        if not self.room.allows(self, self.url.partition(b"?")[0]):
+            self._refuse(self._all_busy())
         if self._deaf:
             return
         if self.parser.get_http_version() == "1.0":
@@ -331,8 +261,8 @@ class Protocol(HttpToolsProtocol):
         if not self._between and self.receive_by is None:  # what has begun behind others has its time from now on
             self.receive_by = self.active + self.settings.receive_timeout_s
             self._growth.begin(self.active)
-        self.idle.pop(self, None)
-        self.idle[self] = None
+        self.room.waiting.pop(self, None)
+        self.room.waiting[self] = None
 
     def _unsupported_upgrade_warning(self) -> None:
         """Uvicorn's hook. Its advice, to install a library for WebSockets, is none here; the refusal has its own line."""
@@ -350,22 +280,22 @@ class Protocol(HttpToolsProtocol):
         if self not in self.connections:
             return  # lost since the sweep began
         if self.transport.is_closing() or self.transport.get_write_buffer_size():
-            self._stuck_since = self._stuck_since or now
-            if now - self._stuck_since > self.settings.receive_timeout_s:
-                self._cut_off()
+            self.stuck_since = self.stuck_since or now
+            if now - self.stuck_since > self.settings.receive_timeout_s:
+                self.cut_off()
         else:
-            self._stuck_since = None
+            self.stuck_since = None
         if self._close_at:
             if now > self._close_at:
                 self.transport.close()
             return
-        if self.pipeline and self.flow.read_paused and _happened(self.transport, _HAS_LEFT):
+        if self.pipeline and self.flow.read_paused and happened(self.transport, HAS_LEFT):
             self.transport.abort()  # nothing is read behind two requests, so nobody else would see it
         if self.transport.is_closing() or now <= (self.receive_by or self.active + self.timeout_keep_alive):
             return
         if self.receive_by is None or (self._between and not self._header_bytes):  # nothing was asked
             # what was sent in time may still lie there: after a pause of the whole process this comes before reading
-            if self in self.idle and not _happened(self.transport, select.POLLIN):
+            if self in self.room.waiting and not happened(self.transport, HAS_SENT):
                 self.transport.close()
         else:
             timeout = f"{self.settings.receive_timeout_s:g} s (CONVMIXER_RECEIVE_TIMEOUT_S)"
@@ -400,7 +330,7 @@ class Protocol(HttpToolsProtocol):
             super().shutdown()
         elif self.cycle is not None and not self._in_headers:
             self.close()  # it has its answer, and what still comes of it is not read
-        elif not self._between or self._header_bytes or _happened(self.transport, select.POLLIN):
+        elif not self._between or self._header_bytes or happened(self.transport, HAS_SENT):
             self._last = True
         else:
             self.transport.close()
@@ -430,11 +360,10 @@ class Protocol(HttpToolsProtocol):
         self.cycle.keep_alive = False
         self.flow.resume_reading()  # what comes is thrown away, and it is seen when the client leaves
 
-    def _cut_off(self) -> None:
-        """Closes at once, what was not sent is lost: else the kernel would keep it for minutes, waiting to be read."""
+    def cut_off(self) -> None:
+        """Closes at once: its client does not read."""
         self._stop_running()
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
+        reset(self.transport)
 
     def _refuse(self, error: ServiceError) -> None:
         """Ends the connection with this answer, or with the answers to earlier requests; what else comes is not read."""
@@ -499,10 +428,3 @@ class _CycleTransport(NamedTuple):
     write: Callable[[bytes], None]
     is_closing: Callable[[], bool]
     close: Callable[[], None]
-
-
-def _happened(transport: asyncio.BaseTransport, event: int) -> bool:
-    """Whether it has happened, or an error or the end of both sides have, at the transport's socket (poll(2))."""
-    poll = select.poll()
-    poll.register(transport.get_extra_info("socket").fileno(), event)
-    return bool(poll.poll(0))

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, cast
 
 import uvicorn
 
-from app.connection import PROBE_CONNECTIONS, Protocol
+from app.connection import Protocol
 from app.exit_codes import ExitCode
+from app.room import PROBE_CONNECTIONS
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class _Server(uvicorn.Server):
                 self._say_it_cannot_listen()
             raise
         service: Service = self.lifespan.state["service"]
-        service.bodies.make_room = Protocol.end_slow_uploads
+        service.bodies.make_room = Protocol.room.end_slow_uploads
         threading.Thread(target=_end_if_failed, args=(service,), name="watch", daemon=True).start()
 
     def _say_it_cannot_listen(self) -> None:
