@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic_core import to_json
 
-from app.api.classify import RAW_TYPES, Wanted
+from app.api.classify import RAW_TYPES, Parameters
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
 from app.deadline import deadline_ms, time_left_s
 from app.engine.outcome import Outcome, Timing
@@ -49,13 +49,13 @@ class Head(NamedTuple):
     """What a request's head says, if it asks for one raw image with simple parameters.
 
     Attributes:
-        wanted: the request's parameters.
+        parameters: the request's parameters.
         request_id: the client's, as sent.
         keep_alive: whether the client may send another request.
         headers: all, names in lower case.
     """
 
-    wanted: Wanted
+    parameters: Parameters
     request_id: bytes
     keep_alive: bool
     headers: list[tuple[bytes, bytes]]
@@ -88,10 +88,10 @@ def match(protocol: Protocol) -> Head | None:
         or not protocol.service.keys.admit(protocol.headers)
     ):
         return None
-    wanted = _wanted(query, deadline_ms(asked, protocol.settings))
+    parameters = _parameters(query, deadline_ms(asked, protocol.settings))
     # HTTP/1.0 could ask to be kept, but would wait for a header that says so
     keep_alive = protocol.parser.should_keep_alive() and protocol.parser.get_http_version() != "1.0"
-    return Head(wanted, request_id, keep_alive, protocol.headers) if wanted else None
+    return Head(parameters, request_id, keep_alive, protocol.headers) if parameters else None
 
 
 class RepeatedHead:
@@ -239,7 +239,7 @@ class RawImageRequest:
             return False
         try:
             self._time_left_s()
-            future = scheduler.process_here(image, explain=self.head.wanted.explain)
+            future = scheduler.process_here(image, explain=self.head.parameters.explain)
         except Exception as error:
             self.fail(error)
             return True
@@ -253,7 +253,7 @@ class RawImageRequest:
         image, self.body = bytes(self.body), b""
         try:
             (self.future,) = self.protocol.service.scheduler.submit(
-                [image], explain=self.head.wanted.explain, timeout_s=self._time_left_s()
+                [image], explain=self.head.parameters.explain, timeout_s=self._time_left_s()
             )
         except Exception as error:
             self.fail(error)
@@ -261,7 +261,7 @@ class RawImageRequest:
         self.future.add_done_callback(self._wake_loop)
 
     def _time_left_s(self) -> float:
-        return time_left_s(self.head.wanted.deadline_ms / 1000, self.begin)
+        return time_left_s(self.head.parameters.deadline_ms / 1000, self.begin)
 
     def _wake_loop(self, future: Future[Outcome]) -> None:
         """Called in the worker's thread."""
@@ -292,7 +292,7 @@ class RawImageRequest:
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service
         metadata = service.metadata
-        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.head.wanted.top_k)]
+        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.head.parameters.top_k)]
         body = to_json(
             {
                 "model": {"name": metadata.name, "version": metadata.version},
@@ -363,7 +363,7 @@ class RawImageRequest:
             service.tell(exchange)
 
 
-def _wanted(query: bytes, deadline_ms: int) -> Wanted | None:
+def _parameters(query: bytes, deadline_ms: int) -> Parameters | None:
     """The request's parameters, or None if one is unknown or needs a word."""
     top_k, explain = 5, False
     if query:
@@ -375,4 +375,4 @@ def _wanted(query: bytes, deadline_ms: int) -> Wanted | None:
                 explain = _FLAGS[value]
             else:
                 return None
-    return Wanted(top_k, explain, deadline_ms)
+    return Parameters(top_k, explain, deadline_ms)

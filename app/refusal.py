@@ -58,10 +58,10 @@ def refuse(protocol: Protocol, head: Head, image: bytes) -> bool:
     Returns:
         Whether it was answered.
     """
-    service, wanted = protocol.service, head.wanted
+    service, parameters = protocol.service, head.parameters
     if head.request_id or not head.keep_alive or service.bodies.held + len(image) > service.bodies.limit:
         return False
-    error = service.scheduler.refusal(image, explain=wanted.explain, timeout_s=wanted.deadline_ms / 1000)
+    error = service.scheduler.refusal(image, explain=parameters.explain, timeout_s=parameters.deadline_ms / 1000)
     if error is None or service.is_watched(error.status, 0.0):
         return False
     written = protocol.last_refusal

@@ -57,7 +57,7 @@ RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Parameters:
     """A request's parameters.
 
     Attributes:
@@ -154,20 +154,20 @@ async def classify(
     """
     service: Service = request.state.service
     uploads = await _read_uploads(request, service.settings.max_images)
-    wanted = Wanted(top_k, explain, deadline_ms(x_deadline_ms, service.settings))
+    parameters = Parameters(top_k, explain, deadline_ms(x_deadline_ms, service.settings))
     good = [upload.data for upload in uploads if upload.error is None]
     exchange: Exchange = request.state.exchange
-    results = await infer(request, good, explain=explain, deadline_s=wanted.deadline_ms / 1000, begin=exchange.begin)
+    results = await infer(request, good, explain=explain, deadline_s=parameters.deadline_ms / 1000, begin=exchange.begin)
     if explain or len(good) * len(service.metadata.classes) > LONG_ANSWER:  # it takes a while to write
-        return await run_in_threadpool(_answer, service, uploads, results, wanted, exchange)
-    return _answer(service, uploads, results, wanted, exchange)
+        return await run_in_threadpool(_answer, service, uploads, results, parameters, exchange)
+    return _answer(service, uploads, results, parameters, exchange)
 
 
 def _answer(
     service: Service,
     uploads: list[Upload],
     results: list[Outcome | BaseException],
-    wanted: Wanted,
+    parameters: Parameters,
     exchange: Exchange,
 ) -> Response:
     """Puts what the engine said of the good uploads among the errors of the others."""
@@ -181,7 +181,7 @@ def _answer(
         if isinstance(result, Outcome):
             answered = True
             timings.append(result.timing)
-            predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=wanted.top_k))
+            predictions.append(judge(result, service.metadata, index=index, filename=upload.filename, top_k=parameters.top_k))
         elif isinstance(result, ServiceError) and (result.per_item or len(uploads) == 1):
             errors.append(result)
             service.metrics.count_failure(result.code, result.reason)

@@ -24,8 +24,8 @@ from app.client.exchange import (
     NO_LIMITS,
     PROBE_TIMEOUT_S,
     Contact,
+    Options,
     Pause,
-    Wanted,
     exchange,
 )
 from app.client.images import Batch, ImageInput, Picture, check_several, encode, filename_of, load
@@ -68,9 +68,9 @@ class AsyncClient:
         self, image: ImageInput, *, top_k: int = 5, explain: bool = False, deadline_s: float | None = None
     ) -> Prediction:
         """Classifies one image; arguments and failures as those of `Client.classify`."""
-        wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
+        options = Options(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
         data = await asyncio.to_thread(encode, image)
-        (result,) = await self._classify([Picture(0, filename_of(image), data)], wanted)
+        (result,) = await self._classify([Picture(0, filename_of(image), data)], options)
         if isinstance(result, ClientError):
             raise result
         return result
@@ -90,11 +90,11 @@ class AsyncClient:
         a plain iterable other than a list or tuple. There its last `next` may still wait when the answers are left.
         """
         check_several(images)
-        wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        return self._stream(images, wanted, on_progress or (lambda done: None))
+        options = Options(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
+        return self._stream(images, options, on_progress or (lambda done: None))
 
     async def _stream(
-        self, images: Iterable[ImageInput] | AsyncIterable[ImageInput], wanted: Wanted, on_progress: Callable[[int], None]
+        self, images: Iterable[ImageInput] | AsyncIterable[ImageInput], options: Options, on_progress: Callable[[int], None]
     ) -> AsyncIterator[Prediction | ClassificationError]:
         in_flight: asyncio.Queue[tuple[Batch, asyncio.Task[Results]] | None] = asyncio.Queue()
         tasks: set[asyncio.Task[Results]] = set()
@@ -106,7 +106,7 @@ class AsyncClient:
             source = _batches(images, self._batch_size)
             try:
                 while await places.acquire() and (batch := await anext(source, None)):
-                    task = asyncio.create_task(self._classify_batch(batch, wanted, under_way))
+                    task = asyncio.create_task(self._classify_batch(batch, options, under_way))
                     tasks.add(task)
                     in_flight.put_nowait((batch, task))
             finally:
@@ -131,26 +131,26 @@ class AsyncClient:
                 pending.cancel()
             await asyncio.gather(reading, *tasks, return_exceptions=True)
 
-    async def _classify_batch(self, batch: Batch, wanted: Wanted, under_way: asyncio.Semaphore) -> Results:
+    async def _classify_batch(self, batch: Batch, options: Options, under_way: asyncio.Semaphore) -> Results:
         """One request of `classify_many`, when it is its turn.
 
         Args:
             batch: images; those that cannot be sent are left out.
-            wanted: parameters.
+            options: parameters.
             under_way: as many as requests may be under way.
         """
         pictures = batch.pictures()
         async with under_way:
-            return await self._classify(pictures, wanted) if pictures else []
+            return await self._classify(pictures, options) if pictures else []
 
-    async def _classify(self, pictures: list[Picture], wanted: Wanted) -> Results:
+    async def _classify(self, pictures: list[Picture], options: Options) -> Results:
         """Does what an `exchange` asks for, within its times.
 
         Args:
             pictures: at least one.
-            wanted: parameters.
+            options: parameters.
         """
-        steps = exchange(pictures, wanted, self._contact)
+        steps = exchange(pictures, options, self._contact)
         reply: Reply = None
         while True:
             try:

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 from app.client.answers import ClassificationError, ClientClosed, ClientError, Health, Model, Prediction
 from app.client.arguments import check_count, check_deadline
 from app.client.asynchronous import AsyncClient
-from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Wanted
+from app.client.exchange import BATCH_SIZE, CONCURRENCY, DEADLINE_S, Options
 from app.client.images import Batch, ImageInput, Picture, batches, check_several, encode, filename_of
 from app.client.pending import Pending
 from app.client.replies import Results
@@ -86,8 +86,8 @@ class Client:
             TypeError: this is no image.
             ValueError: an array has another shape or type, a parameter is out of range.
         """
-        wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        (result,) = self._run(self._client._classify, [Picture(0, filename_of(image), encode(image))], wanted)
+        options = Options(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
+        (result,) = self._run(self._client._classify, [Picture(0, filename_of(image), encode(image))], options)
         if isinstance(result, ClientError):
             raise result
         return result
@@ -124,11 +124,11 @@ class Client:
             ValueError: a parameter is out of range (at once).
         """
         check_several(images)
-        wanted = Wanted(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
-        return self._stream(images, wanted, on_progress or (lambda done: None))
+        options = Options(top_k, explain, self._deadline_s if deadline_s is None else deadline_s)
+        return self._stream(images, options, on_progress or (lambda done: None))
 
     def _stream(
-        self, images: Iterable[ImageInput], wanted: Wanted, on_progress: Callable[[int], None]
+        self, images: Iterable[ImageInput], options: Options, on_progress: Callable[[int], None]
     ) -> Iterator[Prediction | ClassificationError]:
         in_flight: deque[tuple[Batch, Pending[Results]]] = deque()
         under_way = asyncio.Semaphore(self._concurrency)
@@ -154,7 +154,7 @@ class Client:
                     break
                 if not batch:
                     break
-                in_flight.append((batch, self._submit(self._client._classify_batch, batch, wanted, under_way)))
+                in_flight.append((batch, self._submit(self._client._classify_batch, batch, options, under_way)))
                 # as many wait as are under way: there is work while the caller looks at results
                 while in_flight and (in_flight[0][1].done() or len(in_flight) >= 2 * self._concurrency):
                     yield from oldest()

@@ -56,7 +56,7 @@ _PART = b'--%b\r\nContent-Disposition: form-data; name="images"; filename="image
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Options:
     """What is asked for all images.
 
     Attributes:
@@ -103,15 +103,15 @@ class Contact:
     answered: float = -math.inf
 
 
-Exchange: TypeAlias = Generator[Send | Pause, Reply, Results]
+Conversation: TypeAlias = Generator[Send | Pause, Reply, Results]
 
 
-def exchange(pictures: list[Picture], wanted: Wanted, contact: Contact) -> Exchange:
+def exchange(pictures: list[Picture], options: Options, contact: Contact) -> Conversation:
     """Classifies the images of one batch, again and in parts if need be, until the deadline.
 
     Args:
         pictures: at least one.
-        wanted: parameters. The deadline counts from the first request.
+        options: parameters. The deadline counts from the first request.
         contact: of the client.
 
     Returns:
@@ -122,13 +122,15 @@ def exchange(pictures: list[Picture], wanted: Wanted, contact: Contact) -> Excha
         RequestFailed: what would fail every other image too: a wrong key or parameter, or this is not the service.
     """
     begun = time.monotonic()
-    return (yield from _attempts(pictures, wanted, contact, begun, begun + wanted.deadline_s, 0))
+    return (yield from _attempts(pictures, options, contact, begun, begun + options.deadline_s, 0))
 
 
-def _attempts(pictures: list[Picture], wanted: Wanted, contact: Contact, begun: float, end: float, refusals: int) -> Exchange:
+def _attempts(
+    pictures: list[Picture], options: Options, contact: Contact, begun: float, end: float, refusals: int
+) -> Conversation:
     """As `exchange`, from one time.monotonic() to another, after so many attempts that failed."""
     while True:
-        reply = yield _request(pictures, wanted, end - time.monotonic())
+        reply = yield _request(pictures, options, end - time.monotonic())
         outcome = read_results(reply, pictures)
         if not isinstance(outcome, Unreachable):
             contact.answered = time.monotonic()
@@ -156,17 +158,17 @@ def _attempts(pictures: list[Picture], wanted: Wanted, contact: Contact, begun: 
             first_end = now + (end - now) / 2 if one_breaks_it else end
             if now >= end:
                 return _late(pictures)
-            first = yield from _attempts(pictures[:middle], wanted, contact, begun, first_end, refusals)
+            first = yield from _attempts(pictures[:middle], options, contact, begun, first_end, refusals)
             if time.monotonic() >= end:
                 return first + _late(pictures[middle:])
-            return first + (yield from _attempts(pictures[middle:], wanted, contact, begun, end, refusals))
+            return first + (yield from _attempts(pictures[middle:], options, contact, begun, end, refusals))
 
 
 def _late(pictures: list[Picture]) -> Results:
     return [Unreachable("the deadline passed before this part of the batch was sent")] * len(pictures)
 
 
-def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:
+def _request(pictures: list[Picture], options: Options, left_s: float) -> Send:
     if len(pictures) == 1:
         content, content_type = pictures[0].data, "application/octet-stream"
     else:
@@ -175,7 +177,7 @@ def _request(pictures: list[Picture], wanted: Wanted, left_s: float) -> Send:
         content = b"".join([*(piece for picture in pictures for piece in (head, picture.data, b"\r\n")), tail])
         content_type = f"multipart/form-data; boundary={boundary}"
     headers = {"Content-Type": content_type, "X-Deadline-Ms": str(max(1, int(left_s * 1000)))}
-    params = {"top_k": str(wanted.top_k)} | ({"explain": "true"} if wanted.explain else {})
+    params = {"top_k": str(options.top_k)} | ({"explain": "true"} if options.explain else {})
     return Send(content, headers, params, max(0.001, left_s) + GRACE_S)
 
 

@@ -34,7 +34,7 @@ _REPEATABLE: dict[Precision, float] = {"f32": 1e-4, "bf16": 0.1}
 """Most that logits of the same image may differ by from run to run: other threads sum, and round, in another order."""
 
 
-class Answers(NamedTuple):
+class Outputs(NamedTuple):
     """What the model says of a batch.
 
     Attributes:
@@ -94,7 +94,7 @@ class Session:
         if precision != "f32":
             self._check_precision(model)
 
-    def infer(self, images: NDArray[np.uint8], *, explain: bool = False, alone: bool = False) -> Answers:
+    def infer(self, images: NDArray[np.uint8], *, explain: bool = False, alone: bool = False) -> Outputs:
         """Runs the model on a batch.
 
         Args:
@@ -105,7 +105,7 @@ class Session:
         session = self._lone if alone else self._session
         wanted = [*self._outputs, "class_maps"] if explain else self._outputs
         found = dict(zip(wanted, session.run(wanted, {"images": images}, self._plain), strict=True))
-        return Answers(found["logits"], found.get("similarity"), found.get("class_maps"))
+        return Outputs(found["logits"], found.get("similarity"), found.get("class_maps"))
 
     def release_memory(self) -> None:
         """Gives back what batches needed, 8 MiB a worker and more; the next takes it again.

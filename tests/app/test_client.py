@@ -38,7 +38,7 @@ from app.client import (
     Unauthorized,
     Unreachable,
 )
-from app.client.exchange import BACKOFF_S, Contact, Pause, Send, Wanted, exchange
+from app.client.exchange import BACKOFF_S, Contact, Options, Pause, Send, exchange
 from app.client.images import Picture, batches, encode, load
 from app.images import DecodeLimits, ResizeRule, decode_image
 from tests.server import ScriptedServer
@@ -298,7 +298,7 @@ def test_what_never_ends_its_answer_is_not_waited_for(monkeypatch):
 
 
 def test_a_pause_that_the_server_did_not_ask_for_is_short():
-    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20), Contact())
+    conversation = exchange([Picture(0, None, b"image")], Options(top_k=1, explain=False, deadline_s=20), Contact())
     assert isinstance(next(conversation), Send)
     told = conversation.send(httpx.Response(503, headers={"Retry-After": "1"}, json=BUSY))
     assert isinstance(told, Pause)
@@ -314,7 +314,7 @@ BATCH = [Picture(number, None, b"image %d" % number) for number in range(4)]
 
 
 def test_no_half_is_sent_after_the_deadline():
-    conversation = exchange(BATCH, Wanted(top_k=1, explain=False, deadline_s=0.1), Contact())
+    conversation = exchange(BATCH, Options(top_k=1, explain=False, deadline_s=0.1), Contact())
     assert isinstance(next(conversation), Send)
     time.sleep(0.1)
     with pytest.raises(StopIteration) as ended:
@@ -326,7 +326,7 @@ def test_no_half_is_sent_after_the_deadline():
 def test_what_is_no_fault_of_the_batch_is_tried_again_whole(reply):
     """While a service restarts nobody listens, and who limits requests refuses more of halves."""
     contact = Contact()
-    conversation = exchange(BATCH, Wanted(top_k=1, explain=False, deadline_s=600), contact)
+    conversation = exchange(BATCH, Options(top_k=1, explain=False, deadline_s=600), contact)
     told = next(conversation)
     for _ in range(4):
         assert isinstance(told, Send)
@@ -374,7 +374,7 @@ def test_a_key_and_a_users_name_exclude_one_another():
 
 
 def test_a_date_in_retry_after_is_understood():
-    conversation = exchange(BATCH[:1], Wanted(top_k=1, explain=False, deadline_s=3600), Contact())
+    conversation = exchange(BATCH[:1], Options(top_k=1, explain=False, deadline_s=3600), Contact())
     assert isinstance(next(conversation), Send)
     date = formatdate(int(time.time()) + 1000, usegmt=True)
     pause = conversation.send(httpx.Response(429, headers={"Retry-After": date}, text="slow down", request=POST))
@@ -383,7 +383,7 @@ def test_a_date_in_retry_after_is_understood():
 
 
 def test_no_further_try_when_the_pause_would_pass_the_deadline():
-    conversation = exchange(BATCH[:1], Wanted(top_k=1, explain=False, deadline_s=30), Contact())
+    conversation = exchange(BATCH[:1], Options(top_k=1, explain=False, deadline_s=30), Contact())
     assert isinstance(next(conversation), Send)
     with pytest.raises(StopIteration) as ended:
         conversation.send(httpx.Response(503, headers={"Retry-After": "60"}, json=BUSY, request=POST))
@@ -693,7 +693,7 @@ def test_another_service_has_no_health():
     "mistake", [httpx.LocalProtocolError("Illegal header value b'secret'"), httpx.UnsupportedProtocol("ftp")]
 )
 def test_a_request_that_cannot_be_sent_is_not_tried_again_nor_shown(mistake):
-    conversation = exchange([Picture(0, None, b"image")], Wanted(top_k=1, explain=False, deadline_s=20), Contact())
+    conversation = exchange([Picture(0, None, b"image")], Options(top_k=1, explain=False, deadline_s=20), Contact())
     assert isinstance(next(conversation), Send)
     with pytest.raises(Unreachable) as caught:
         conversation.send(mistake)
