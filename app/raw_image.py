@@ -14,8 +14,6 @@ from concurrent.futures import Future
 from http import HTTPStatus
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic_core import to_json
-
 from app.api.classify import RAW_TYPES, Parameters
 from app.api.problems import MEDIA_TYPE, defect_response, problem_body, problem_headers
 from app.deadline import deadline_ms, time_left_s
@@ -24,7 +22,7 @@ from app.errors import CLIENT_LEFT, ServiceError
 from app.request import choose_request_id
 from app.settings import MOST_DEADLINE_MS
 from app.telemetry.exchange import Exchange, server_timing
-from app.verdict import judge
+from app.verdict import answer_body, judge
 
 if TYPE_CHECKING:
     from app.connection import Protocol
@@ -291,15 +289,8 @@ class RawImageRequest:
 
     def _answer(self, outcome: Outcome) -> None:
         service = self.protocol.service
-        metadata = service.metadata
-        predictions = [judge(outcome, metadata, index=0, filename=None, top_k=self.head.parameters.top_k)]
-        body = to_json(
-            {
-                "model": {"name": metadata.name, "version": metadata.version},
-                "predictions": predictions,
-                "request_id": self.request_id,
-            }
-        )
+        predictions = [judge(outcome, service.metadata, index=0, filename=None, top_k=self.head.parameters.top_k)]
+        body = answer_body(service.metadata, predictions, self.request_id)
         seconds = time.monotonic() - self.begin
         self._write(HTTPStatus.OK, "application/json", body, {"Server-Timing": server_timing((outcome.timing,), seconds)})
         service.metrics.observe_answer(seconds, predictions)

@@ -1,4 +1,4 @@
-"""Logits → what a person can use: calibrated probabilities, "none of my classes", the heat map."""
+"""Logits → what a person can use: calibrated probabilities, "none of my classes", the heat map; and how that is written down."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic_core import to_json
 
 from app.engine.artifact import ArtifactMetadata
 from app.engine.outcome import Outcome
-from app.schemas import HeatMap, Prediction
+from app.schemas import ClassifyAnswer, HeatMap, Prediction
 
 
 def softmax(logits: Sequence[float], temperature: float) -> list[float]:
@@ -38,6 +39,16 @@ def energy(logits: Sequence[float], temperature: float) -> float:
     """
     largest = max(logits)
     return largest / temperature + math.log(sum(math.exp((logit - largest) / temperature) for logit in logits))
+
+
+def answer_body(metadata: ArtifactMetadata, predictions: list[Prediction], request_id: str) -> bytes:
+    """The whole answer of `/classify` as JSON."""
+    answer: ClassifyAnswer = {
+        "model": {"name": metadata.name, "version": metadata.version},
+        "predictions": predictions,
+        "request_id": request_id,
+    }
+    return to_json(answer)
 
 
 def judge(outcome: Outcome, metadata: ArtifactMetadata, *, index: int, filename: str | None, top_k: int) -> Prediction:

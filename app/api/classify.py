@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
-from pydantic_core import to_json
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -32,7 +31,7 @@ from app.errors import MalformedRequest, ServiceError, TooManyImages, Undecodabl
 from app.schemas import ClassifyAnswer, ClassifyJson, Prediction, Problem, item_error
 from app.service import Service
 from app.telemetry.exchange import Exchange
-from app.verdict import judge
+from app.verdict import answer_body, judge
 
 router = APIRouter()
 
@@ -194,12 +193,7 @@ def _answer(
     if not answered:
         exchange.code, exchange.error = errors[0].code, errors[0]
         return _all_failed(service, errors, predictions, exchange.request_id)
-    body: ClassifyAnswer = {
-        "model": {"name": service.metadata.name, "version": service.metadata.version},
-        "predictions": predictions,
-        "request_id": exchange.request_id,
-    }
-    content = to_json(body)
+    content = answer_body(service.metadata, predictions, exchange.request_id)
 
     def told(accepted: bool) -> None:
         if accepted:
