@@ -137,7 +137,7 @@ def test_limits_are_what_the_settings_imply(pod, monkeypatch):
     chosen = loaded(pod, monkeypatch)
     limits = container["resources"]["limits"]
     number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", limits["memory"]).groups()
-    assert implied_mib(chosen.workers, chosen.max_pixels, chosen.max_held_bytes) <= int(number) * MIB[unit]
+    assert implied_mib(chosen) <= int(number) * MIB[unit]
     assert chosen.workers == int(limits["cpu"])
     assert chosen.max_body_bytes <= chosen.max_held_bytes
 

@@ -71,7 +71,7 @@ def test_containers_can_do_little_but_answer(service):
 def test_memory_is_what_the_settings_imply(service):
     chosen = settings(service)
     number, unit = re.fullmatch(r"(\d+)([mg])", default_of(SERVICES[service]["mem_limit"])).groups()
-    assert implied_mib(chosen.workers, chosen.max_pixels, chosen.max_held_bytes) <= int(number) * {"m": 1, "g": 1024}[unit]
+    assert implied_mib(chosen) <= int(number) * {"m": 1, "g": 1024}[unit]
     assert chosen.max_body_bytes <= chosen.max_held_bytes
 
 
