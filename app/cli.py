@@ -78,6 +78,9 @@ def serve(
     parent: Annotated[int | None, typer.Option(hidden=True, help="Process of `app.processes`.")] = None,
 ) -> None:
     """Answer HTTP until SIGTERM or Ctrl-C; open requests are finished first."""
+    # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success, as is one before the start is over
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     from app.telemetry.logs import configure_logging
 
     settings = _settings(host=host, port=port, model=model)
@@ -104,9 +107,6 @@ def serve(
     # a bad request is counted, and has its line in the access log, with its id and client; these have neither
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.getMessage() != "Invalid HTTP request received.")
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    # uvicorn drains on SIGTERM and then raises the signal again; a drained stop is a success
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
         run(create_app(settings, siblings, opened), settings, None if fd is None else socket.socket(fileno=fd), parent)
     except StartupError as error:
@@ -156,7 +156,10 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON lines: one object an image.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Write CSV; the default unless standard output is a terminal.")] = False,
     parquet: Annotated[Path | None, typer.Option(help="Write this Parquet file.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write JSON lines or CSV to this file instead of standard output.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write JSON lines (.json, .jsonl) or CSV to this file instead of standard output."),
+    ] = None,
 ) -> None:
     """Classify images, on this machine or by a server. Exits with 1 if one could not be classified.
 
@@ -170,7 +173,7 @@ def classify(
 
     patterns = paths or []
     to_terminal = not (parquet or output) and _is_terminal(sys.stdout)
-    format_name = "parquet" if parquet else "json" if as_json else "csv" if as_csv or not to_terminal else "table"
+    format_name = "parquet" if parquet else _format(output, as_json=as_json, as_csv=as_csv, to_terminal=to_terminal)
     watched = _is_terminal(sys.stderr)
     _require(as_json + as_csv + bool(parquet) <= 1, "--json, --csv and --parquet exclude one another")
     _require(not (parquet and output), "--parquet names its own file; leave --output out")
@@ -297,6 +300,15 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def _require(fits: bool, message: str) -> None:
     if not fits:
         raise typer.BadParameter(message)
+
+
+def _format(output: Path | None, *, as_json: bool, as_csv: bool, to_terminal: bool) -> str:
+    """What is written as text: `json`, `csv`, or a `table` for a person."""
+    ending = output.suffix.lower() if output else ""
+    _require(ending != ".parquet", "--output writes JSON lines or CSV; for Parquet give --parquet FILE")
+    if as_json or (not as_csv and ending in {".json", ".jsonl", ".ndjson"}):
+        return "json"
+    return "table" if to_terminal and not as_csv else "csv"
 
 
 def _require_paths(patterns: list[str], files_from: str | None) -> None:

@@ -84,7 +84,7 @@ def read_list(path: str) -> Iterator[str]:
     try:
         with open(source, errors="surrogateescape", newline="\n", closefd=path != STDIN) as file:  # a name may hold "\r"
             for line in file:
-                if name := line.rstrip("\r\n"):
+                if (name := line.rstrip("\r\n")).strip():
                     yield f"./{name}" if name == STDIN else name
     except OSError as error:
         raise StartupError(f"--files-from: {path} cannot be read: {error.strerror}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -47,6 +48,10 @@ _MOST_PIPELINED_BODY = 64 * 1024
 
 _CLOSE_WITHIN_S = 2.0
 """So long a client that still sends may go on after an answer that ends the connection."""
+
+_LAST_REQUEST_S = 1.0
+"""So long an idle connection stays when the server ends: its client, who does not know yet, may have sent a request that is still
+on its way. Who sends one is told in the answer that the connection ends."""
 
 _CLOSED_BEFORE_THE_END_S = 1.0
 """So long before the end of the time to drain, none goes on any more; the sweep that closes them may be late."""
@@ -140,7 +145,7 @@ class Protocol(HttpToolsProtocol):
         self.room.waiting.pop(self, None)
         # the parser holds no part of a request, so one that is whole may go around it
         whole = self._between and not self._header_bytes and (self.cycle is None or self.cycle.response_complete)
-        repeats = whole and not self.flow.write_paused and not self._last
+        repeats = whole and not self.flow.write_paused and not self._ends()
         image = self._repeated.image(data) if repeats and self._repeated else None
         if self._repeated and image is not None:
             if refusal.refuse(self, self._repeated.head, image):
@@ -213,8 +218,12 @@ class Protocol(HttpToolsProtocol):
             self.cycle.scope["state"]["arrived"] = self.active
             self.cycle.transport = _CycleTransport(self.transport.write, self.transport.is_closing, self.close)  # type: ignore[assignment]
         self._in_headers, self._header_bytes = False, 0
-        if self._last:
+        if self._ends():
             self.cycle.keep_alive = False
+
+    def _ends(self) -> bool:
+        """Whether the client should make its next request on another connection, of another server if there is one."""
+        return self._last or self.service.leaving
 
     def _start_raw(self, head: raw_image.Head) -> raw_image.RawImageRequest:
         self._raw = raw_image.RawImageRequest(self, head)
@@ -333,7 +342,16 @@ class Protocol(HttpToolsProtocol):
         elif not self._between or self._header_bytes or happened(self.transport, HAS_SENT):
             self._last = True
         else:
+            self._wait_for_a_last_request()
+
+    def _wait_for_a_last_request(self) -> None:
+        now = time.monotonic()
+        left_s = math.inf if self.service.drain_by is None else self.service.drain_by - _CLOSED_BEFORE_THE_END_S - now
+        if left_s <= 0:
             self.transport.close()
+        self._last, self.receive_by, self.active = True, None, now
+        # uvicorn's, of whole seconds there: `enforce_deadlines` closes what is idle for longer
+        self.timeout_keep_alive = min(_LAST_REQUEST_S, left_s)  # type: ignore[assignment]
 
     def refuse_unfinished(self) -> None:
         """Ends the connection if its request is still arriving: the process is about to end."""

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _CANNOT_START = (ExitCode.FAILED, ExitCode.USAGE, ExitCode.STARTUP_FAILURE)
 """A process that ends so would fail in the same way again."""
 
+_LARGEST_PID = 2**22
+_LONGEST_SOCKET_PATH = 103  # bytes, on macOS; on Linux 107 (unix(7))
+
 _STARTED_S = 60.0
 """Whoever lives longer has started, whatever its exit code."""
 
@@ -67,11 +70,12 @@ class Supervisor:
             Exit code: 0 after a signal, else that of the process that could not start.
 
         Raises:
-            StartupError: the address or the metrics' port cannot be opened, or no process be started.
+            StartupError: the address or the metrics' port cannot be opened, there is no place for temporary files, or no process
+                can be started.
         """
         bound = _bind(self._settings)
         host, port = bound.getsockname()[:2]
-        with tempfile.TemporaryDirectory(prefix="convmixer-") as name, bound:
+        with bound, _meeting_place() as name:
             folder = Path(name)
             everybody = CollectorRegistry()
             everybody.register(Siblings(folder))
@@ -173,6 +177,22 @@ def _is_listened_on(bound: socket.socket) -> bool:
     with suppress(OSError):  # it was closed
         return bool(bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     return False
+
+
+def _meeting_place() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the sockets of all processes.
+
+    Raises:
+        StartupError: there is no place for temporary files, or its name is too long for a socket's.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="convmixer-")
+    except OSError as error:
+        raise StartupError(f"several processes need a folder for temporary files (TMPDIR): {error.strerror or error}") from error
+    if len(os.fsencode(socket_path(Path(folder.name), _LARGEST_PID))) > _LONGEST_SOCKET_PATH:
+        folder.cleanup()
+        raise StartupError(f"{folder.name} has too long a name for sockets in it; set TMPDIR to a shorter one")
+    return folder
 
 
 def command_line() -> list[str]:

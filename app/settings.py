@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
+from app.cores import available_cores
 from app.errors import StartupError
 
 ENV_PREFIX = "CONVMIXER_"
@@ -155,6 +156,10 @@ class Settings(BaseModel):
                 f"CONVMIXER_DEADLINE_MS={self.deadline_ms} is more than CONVMIXER_MAX_DEADLINE_MS={self.max_deadline_ms}: "
                 "a request that sends no deadline may take longer than one that asks for the most"
             )
+        if self.cores > (usable := available_cores()):
+            found.append(
+                f"CONVMIXER_CORES={self.cores}, but this process may use {usable}: workers wait for one another; leave it out"
+            )
         return found
 
     def keys(self) -> list[str]:
@@ -203,7 +208,7 @@ class Settings(BaseModel):
         shipped = {path.stem: path for path in (Path(__file__).parent / "artifacts").glob("*.onnx")}
         if self.model not in shipped:
             raise StartupError(
-                f"CONVMIXER_MODEL={self.model!r} is neither a model that ships here ({', '.join(sorted(shipped))}) nor the path "
-                "of an .onnx file"
+                f"CONVMIXER_MODEL={self.model!r} (--model) is neither a model that ships here ({', '.join(sorted(shipped))}) nor "
+                "the path of an .onnx file"
             )
         return shipped[self.model]

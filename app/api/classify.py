@@ -244,7 +244,8 @@ async def _read_uploads(request: Request, max_images: int) -> list[Upload]:
     elif _may_be_image(media_type) or not media_type:
         uploads = [Upload(await read_body(request))]
         if not uploads[0].data:
-            raise MalformedRequest("the body is empty; send an image")
+            empty = "the body is empty; send an image"
+            raise UndecodableImage(empty) if media_type else MalformedRequest(empty)
     else:
         hint = "; with curl: -H 'Content-Type: image/png'" if media_type == "application/x-www-form-urlencoded" else ""
         raise UnsupportedMediaType(

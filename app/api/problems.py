@@ -101,7 +101,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-        details = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        # of a parameter that may be left out pydantic also says that it is not None, and names the branch it tried
+        told = [e for e in error.errors() if e["type"] != "none_required"]
+        details = "; ".join(f"{'.'.join(map(str, e['loc'][:2]))}: {e['msg']}" for e in told)
         return await service_error(request, InvalidParameter(details))
 
     @app.exception_handler(HTTPException)

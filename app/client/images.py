@@ -145,7 +145,7 @@ def load(index: int, image: ImageInput) -> Picture | ClassificationError:
     try:
         data = encode(image)
         if not data:
-            raise ValueError("the file is empty")
+            return ClassificationError(index, filename, "undecodable_image", "the file is empty", None)  # as the service says
         return Picture(index, filename, data)
     except OSError as error:
         return ClassificationError(index, filename, UNREADABLE, f"cannot be read: {error.strerror or error}", None)

@@ -120,7 +120,7 @@ def test_bad_files_are_reported_the_rest_is_classified_and_the_exit_code_says_so
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["filename"] for row in rows] == [as_text(path) for path in mixed]
     codes = [row.get("error", {}).get("code") for row in rows]
-    assert codes == [*CODES[:6], "unreadable" if server else CODES[6]]
+    assert codes == CODES
     assert [line.partition("  ")[0] for line in result.stderr.splitlines()] == [
         as_text(path) for path, code in zip(mixed, CODES, strict=True) if code
     ]
@@ -265,6 +265,7 @@ def test_names_of_files_cannot_move_the_cursor(samples, tmp_path):
         (["classify", "[l]ist", "--csv", "--output", "list"], 2, "list is to be read, and would be overwritten"),
         (["classify", "--files-from", "list", "--parquet", "list"], 2, "list is to be read, and would be overwritten"),
         (["classify", ".", "--csv", "--output", "old.PNG"], 2, "old.PNG is an image, and would be overwritten"),
+        (["classify", ".", "--output", "a.parquet"], 2, "for Parquet give --parquet FILE"),
         (["bench", "http://:secret@127.0.0.1:1"], 2, "sends no user's name and password"),
         (["bench", "http://[::1"], 2, "is no address"),
         (["classify", ".", "--url", "localhost"], 2, "begins with http"),
@@ -357,6 +358,14 @@ def test_a_reader_that_does_not_read_holds_up_no_signal(samples, server, signum,
             assert process.wait(60) == 128 + signum
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "first"), [("a.JSONL", [], b"{"), ("a.csv", [], b"file,"), ("a.json", ["--csv"], b"file,")]
+)
+def test_the_ending_of_the_output_says_what_is_written(name, options, first, samples, tmp_path):
+    assert run("classify", samples[0].path, "--output", tmp_path / name, *options).returncode == 0
+    assert (tmp_path / name).read_bytes().startswith(first)
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "json"])

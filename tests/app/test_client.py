@@ -621,6 +621,12 @@ def test_a_picture_that_pillow_opened_and_cannot_read_is_reported_in_its_place()
     assert (bad.index, bad.code) == (1, "unreadable")
 
 
+def test_an_empty_file_is_called_what_the_service_calls_it(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (batch,) = batches([tmp_path / "empty.png", b""], 2)
+    assert [(bad.code, bad.detail) for bad in batch.entries] == [("undecodable_image", "the file is empty")] * 2
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

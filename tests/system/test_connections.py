@@ -156,7 +156,7 @@ def _two_lengths(data: bytes) -> bytes:
             "malformed_request",
         ),
         (lambda wire, data: [_two_lengths(data)], 400, "malformed_request"),
-        (lambda wire, data: [classify_request(b"")], 400, "malformed_request"),
+        (lambda wire, data: [classify_request(b"")], 422, "undecodable_image"),
         (lambda wire, data: [classify_request(b"no image\r\n\r\nat all")], 415, "unsupported_image"),
     ],
 )

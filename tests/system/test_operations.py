@@ -7,12 +7,14 @@ import re
 import shutil
 import signal
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import onnxruntime
 import pytest
 
+from app.cores import available_cores
 from benchmarks.server import ServerProcess
 from tests.broken_model import write_broken_model
 from tests.png import png
@@ -122,6 +124,30 @@ def test_a_load_balancer_learns_of_the_end_while_requests_are_still_answered(sta
     assert server.wait() == 0
 
 
+@pytest.mark.parametrize("delay_s", [0, 60])
+def test_who_keeps_a_connection_is_told_that_it_ends(start, samples, delay_s):
+    """A request that was sent before its client could know of the end is answered: else each lost one in flight."""
+    server = start(shutdown_delay_s=delay_s)
+    url = server.wait_until_ready()
+    wires = [classify_request(samples[0].data), b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"]
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(url)) for _ in wires]
+        for connection, wire in zip(connections, wires, strict=True):
+            for _ in range(3):  # the head has come before, and is known
+                connection.sendall(wire)
+                status, head, _ = next(answers(connection))
+                assert (status, b"connection: close" in head.lower()) == (200, False)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 503 if delay_s else "Shutting down" in server.log)
+        for connection, wire in zip(connections, wires, strict=True):
+            connection.sendall(wire)
+            ((status, head, _),) = answers(connection)  # to the connection's end
+            assert (status, b"connection: close" in head.lower()) == (200, True)
+    if delay_s:
+        server.process.send_signal(signal.SIGINT)  # it need not wait any longer
+    assert server.wait() == 0
+
+
 def refuses_to_start(server, code: int = 3) -> str:
     """Its log; what ends with 1, a wrong setting, or with 3 would fail in the same way again (docs/settings.md)."""
     assert server.wait() == code
@@ -189,11 +215,13 @@ def test_a_model_that_fails_is_told_image_by_image_and_then_ends_the_process(sta
 
 
 def test_settings_that_contradict_each_other_are_named(start):
-    server = start(max_queue=64, max_held_bytes=1_000_000, max_deadline_ms=4000)
+    usable = available_cores()
+    server = start(max_queue=64, max_held_bytes=1_000_000, max_deadline_ms=4000, cores=usable + 1)
     server.wait_until_ready()
     assert "CONVMIXER_MAX_IMAGES=128 is more than CONVMIXER_MAX_QUEUE=64" in server.log
     assert "is more than CONVMIXER_MAX_HELD_BYTES=1000000" in server.log
     assert "CONVMIXER_DEADLINE_MS=5000 is more than CONVMIXER_MAX_DEADLINE_MS=4000" in server.log
+    assert f"CONVMIXER_CORES={usable + 1}, but this process may use {usable}" in server.log
 
 
 def test_on_one_core_there_is_one_worker(start, samples):

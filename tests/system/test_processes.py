@@ -119,6 +119,17 @@ def test_a_process_whose_port_another_service_has_taken_meanwhile_does_not_start
     assert "Traceback" not in ended.stderr
 
 
+def test_a_folder_whose_name_is_too_long_for_sockets_is_named(tmp_path):
+    folder = tmp_path / ("d" * 100)
+    folder.mkdir()
+    with ServerProcess(under=["env", f"TMPDIR={folder}"], processes=2) as server:
+        assert server.wait() == 3
+    assert "the service does not start:" in server.log
+    assert "too long a name for sockets in it; set TMPDIR to a shorter one" in server.log
+    assert "Traceback" not in server.log
+    assert not list(folder.iterdir())
+
+
 def test_a_process_that_cannot_be_replaced_yet_takes_no_other_with_it(start, samples, artifact_path, tmp_path):
     model = tmp_path / "fast.onnx"
     shutil.copy(artifact_path.with_name("fast.onnx.sha256"), tmp_path)

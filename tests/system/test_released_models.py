@@ -100,4 +100,7 @@ def test_every_answer_equals_pytorch(served, samples, repository):
 def test_a_name_that_no_model_has_stops_the_start(start):
     server = start(model="acurate")
     assert server.wait() == 3
-    assert "CONVMIXER_MODEL='acurate' is neither a model that ships here (accurate, fast, fast-int8) nor the path" in server.log
+    assert (
+        "CONVMIXER_MODEL='acurate' (--model) is neither a model that ships here (accurate, fast, fast-int8) nor the path"
+        in server.log
+    )
