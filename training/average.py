@@ -48,7 +48,8 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
 
     Raises:
         CheckpointError: one of them cannot be read.
-        ConfigError: fewer than two, they hold networks that do not grow into the last one's, or the output ends in .json.
+        ConfigError: fewer than two, they hold networks that do not grow into the last one's, or the output ends in .json or would
+            overwrite one of them or a run.
         DataError: the data cannot be read, or one was trained with others or another held-out slice.
         OSError: the output cannot be written.
     """
@@ -56,6 +57,9 @@ def average(paths: list[Path], output: Path, data_path: Path | None, device: str
         raise ConfigError("an average needs at least two checkpoints")
     if output.suffix == ".json":
         raise ConfigError(f"{output}: give another ending; a copy of the description to be read goes there")
+    of_a_run = output.name == "model.safetensors" and output.with_name("last.safetensors").exists()
+    if of_a_run or output.resolve() in [path.resolve() for path in paths]:
+        raise ConfigError(f"{output} is of a run, or to be averaged, and would be overwritten; give another --output")
     checkpoints = [load_checkpoint(path) for path in paths]
     for checkpoint in checkpoints:
         build_model(checkpoint)  # one that is still in training has no description of a network

@@ -40,6 +40,12 @@ PrecisionOption = Annotated[
 ]
 
 
+def _positive(minutes: float | None) -> float | None:
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise typer.BadParameter(f"{minutes:g} is no number of minutes above 0")
+    return minutes
+
+
 @app.command()
 def train(
     preset: Annotated[str, typer.Option(help=f"One of: {', '.join(PRESETS)}.")] = "small",
@@ -73,7 +79,9 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Stop after so many minutes, reading the data among them, with all saved; --resume goes on."),
+        typer.Option(
+            callback=_positive, help="Stop after so many minutes, reading the data among them, with all saved; --resume goes on."
+        ),
     ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
@@ -134,7 +142,8 @@ def evaluate(
             fg="yellow",
             err=True,
         )
-    typer.echo(f"top-1 {report['top1']:.2%}  top-5 {report['top5']:.2%}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
+    top5 = f"  top-5 {report['top5']:.2%}" if len(report["per_class"]) > 5 else ""
+    typer.echo(f"top-1 {report['top1']:.2%}{top5}  ECE {report['calibrated']['ece']:.2%}  -> {path}")
 
 
 @app.command()
@@ -264,7 +273,8 @@ def study(
         typer.Option(help="Folder for study.json, study.md and images/study-*.png. Default: docs, for your own file OUTPUT."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Stop after so many minutes with all saved; the same command goes on.")
+        float | None,
+        typer.Option(callback=_positive, help="Stop after so many minutes with all saved; the same command goes on."),
     ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,

@@ -6,6 +6,7 @@ that learnt alike are wrong on mostly the same images, and those on which they d
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_answers(path: Path) -> Answers:
         path: the folder of an evaluated run, its report, or the file of answers itself.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or the run's checkpoint is another by now.
     """
     report = path / "evaluation.json" if path.is_dir() else path
     file = answers_path(report) if report.suffix == ".json" else report
@@ -116,6 +117,9 @@ def read_answers(path: Path) -> Answers:
             tensors = {name: found.get_tensor(name) for name in ("predicted", "labels", "losses")}
     except SafetensorError as error:
         raise DataError(f"{file} is damaged ({error}); run `convmixer-train evaluate` again") from error
+    released = path / "model.safetensors"
+    if path.is_dir() and released.is_file() and hashlib.sha256(released.read_bytes()).hexdigest() != origin["checkpoint_sha256"]:
+        raise DataError(f"{file} is of another checkpoint; run `convmixer-train evaluate {released}` again")
     return Answers(tensors["predicted"].long(), tensors["labels"].long(), tensors["losses"], **origin)
 
 

@@ -126,6 +126,13 @@ class TrainConfig:
             "schedule must be 'one-cycle' or 'constant'": self.schedule in ("one-cycle", "constant"),
             "epochs, batch_size and image_size must be at least 1": min(self.epochs, self.batch_size, self.image_size) >= 1,
             "view_size and train_size must not be negative": min(self.view_size, self.train_size) >= 0,
+            f"image_size, view_size and train_size must be at most {_MOST_PIXELS}": max(
+                self.image_size, self.view_size, self.train_size
+            )
+            <= _MOST_PIXELS,
+            f"view_size={self.view_size} is less than image_size={self.image_size}, so the network would see less than it is "
+            "given; set view_size and train_size, too (0: as image_size)": self.view_size == 0
+            or self.view_size >= self.image_size,
             "start_size must be between 0 and train_size": 0 <= self.start_size <= self.largest_size,
             "resample must be 'bilinear' or 'bicubic'": self.resample in ("bilinear", "bicubic"),
             "lr and muon_lr must be positive": min(self.lr, self.muon_lr) > 0,
@@ -274,6 +281,7 @@ def _parse_rgb(text: str) -> RGB:
     return red, green, blue
 
 
+_MOST_PIXELS = 2048
 _NUM_CLASSES = "model.num_classes"
 _KINDS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (int, "an integer"),

@@ -90,7 +90,10 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
         return _load_cifar10(Path("data/torchvision"), split, image_size, resample)
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; --data takes a folder with one sub-folder per class")
-    return _load_folder(_folder_of(source, split), image_size, resample)
+    folder = _folder_of(source, split)
+    if split == "train" and folder.name == split != source.name:
+        _check_same_classes(folder, source / "test")
+    return _load_folder(folder, image_size, resample)
 
 
 def split_validation(data: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
@@ -146,9 +149,9 @@ def check_held_out(path: Path, description: dict[str, Any], data: ImageSet, frac
         )
     elif not same and set(description["classes"]) & set(data.classes):
         print(
-            f"{path} was trained with other images of the same classes, or with these in another order or size: if it has learnt "
-            "some that are held out here, validation accuracy, temperature and rejection threshold will be too good; the test "
-            "set is not concerned",
+            f"{path} was trained with other images of classes that are here, too, or with these in another order or size: if it "
+            "has learnt some that are held out here, validation accuracy, temperature and rejection threshold will be too good; "
+            "the test set is not concerned",
             file=sys.stderr,
         )
 
@@ -226,6 +229,13 @@ def _folder_of(source: Path, split: str) -> Path:
     if splits and split not in splits:
         raise DataError(f"{source / split} is missing beside {source / splits[0]}")
     return source / split if splits else source
+
+
+def _check_same_classes(train: Path, test: Path) -> None:
+    """Before hours of training, not when its result is to be evaluated."""
+    if test.is_dir() and (different := sorted(set(_sub_folders(train)) ^ set(_sub_folders(test)))):
+        names = ", ".join(map(repr, different[:5])) + (", …" if len(different) > 5 else "")
+        raise DataError(f"{train} and {test} must hold the same classes; only one of them has {names}")
 
 
 def _sub_folders(folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ from model.export import ParityReport, publish, read_metadata
 from training.data import ImageSet, load_images
 from training.errors import DataError
 from training.metrics import score
+from training.release import check_addressable
 
 MOST_LOST = 0.001
 """Share of the test images, 0.1 points of accuracy; of few images two."""
@@ -77,9 +78,12 @@ def quantize(artifact: Path, output: Path, data_path: Path | None, *, name: str)
 
     Raises:
         DataError: the data cannot be read, or have other classes.
-        ExportError: `artifact` is none, has no pointwise convolutions in float32, or loses more than `MOST_LOST`; nothing is
-            written.
+        ExportError: `artifact` is none or `output` itself, `name` fits in no address, or the artifact has no pointwise
+            convolutions in float32, or loses more than `MOST_LOST`; nothing is written.
     """
+    if output.resolve() == artifact.resolve():
+        raise ExportError(f"{output} is to be read, and would be overwritten; write to another file")
+    check_addressable(name=name)
     metadata, proto = read_metadata(artifact), onnx.load(artifact)
     convolutions = pointwise_convolutions(proto.graph)
     if not convolutions:

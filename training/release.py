@@ -40,8 +40,9 @@ def export_artifact(
 
     Raises:
         DataError: the evaluation is missing or of another checkpoint, or the data are other than it was made with.
-        ExportError: the graph does not answer as the network does; nothing is written.
+        ExportError: the graph does not answer as the network does, or name or version fit in no address; nothing is written.
     """
+    check_addressable(name=name, version=version)
     evaluation = load_evaluation(checkpoint_path)
     checkpoint = load_checkpoint(checkpoint_path)
     training = checkpoint.description["training"]
@@ -101,6 +102,20 @@ def write_card_for(checkpoint_path: Path, artifact_path: Path, data_path: Path |
         evaluation |= score(artifact_logits(artifact_path, data), data.labels, data.classes, artifact["temperature"])
     write_card(checkpoint, evaluation, artifact, data, output)
     artifact_path.with_suffix(".card.html").write_text(render_card(output), encoding="utf-8")
+
+
+def check_addressable(**names: str) -> None:
+    """Refuses what no address can hold: `/v2/models/NAME/versions/VERSION` has both as parts of its path.
+
+    Args:
+        names: what is checked, by what it is called.
+
+    Raises:
+        ExportError: one of them.
+    """
+    for what, text in names.items():
+        if not text or "/" in text or not text.isprintable():
+            raise ExportError(f"{what} {text!r} is empty, or holds a slash or a control character; no address could name it")
 
 
 def _evaluated_on(checkpoint_path: Path, evaluation: dict[str, Any], data_path: Path | None, config: TrainConfig) -> ImageSet:

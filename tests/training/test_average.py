@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,11 @@ def test_only_equals_are_averaged(
         average([trained], output, CIFAR10, "cpu")
     with pytest.raises(ConfigError, match="give another ending"):
         average([trained, trained], output.with_suffix(".json"), CIFAR10, "cpu")
+    copy = Path(shutil.copy(trained, tmp_path / "copy.safetensors"))
+    for overwritten in (copy, trained):
+        with pytest.raises(ConfigError, match="would be overwritten; give another --output"):
+            average([copy, copy], overwritten, CIFAR10, "cpu")
+    assert copy.read_bytes() == trained.read_bytes()
     with pytest.raises(CheckpointError, match=r"last\.safetensors describes no network"):
         average([trained.with_name("last.safetensors"), trained], output, CIFAR10, "cpu")
     with pytest.raises(DataError, match="give the same --data"):

@@ -80,7 +80,7 @@ def test_from_images_to_model_card(command_line: CommandLine, tmp_path: Path, re
 @pytest.mark.usefixtures("no_compiler")
 def test_a_run_of_so_many_minutes_is_saved_and_goes_on(command_line: CommandLine, tmp_path: Path) -> None:
     command = ["train", "--epochs=1", *TINY_NET, "--data", CIFAR10, "--output", tmp_path / "run", "--device=cpu"]
-    outcome = command_line(*command, "--minutes=0")
+    outcome = command_line(*command, "--minutes=0.00001")
     assert outcome.code == 143
     assert outcome.err.splitlines()[-1] == "stopped at step 1 at its deadline; continue with --resume"
     assert command_line(*command, "--layout=channels-first", "--minutes=5", "--resume").code == 0
@@ -141,7 +141,15 @@ def test_a_run_may_begin_with_a_checkpoint_learn_from_others_and_be_compiled(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["train", "--epoch", "3"], ["train", "--epochs", "three"], ["evaluate"], ["export", "model.safetensors"]],
+    [
+        [],
+        ["fly"],
+        *(["train", f"--minutes={minutes}"] for minutes in ("0", "-1", "nan", "inf")),
+        ["train", "--epoch", "3"],
+        ["train", "--epochs", "three"],
+        ["evaluate"],
+        ["export", "model.safetensors"],
+    ],
 )
 def test_wrong_usage_exits_2(command_line: CommandLine, arguments: list[str]) -> None:
     outcome = command_line(*arguments)

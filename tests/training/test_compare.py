@@ -86,6 +86,10 @@ def test_answers_that_cannot_be_compared(evaluated: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="holds no answers to test images; give the folder of an evaluated run"):
         read_answers(evaluated)
     shutil.copy(evaluated.with_name("evaluation.json"), tmp_path)
+    shutil.copy(evaluated.with_name("evaluation-answers.safetensors"), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"calibrated anew")
+    with pytest.raises(DataError, match=r"is of another checkpoint; run `convmixer-train evaluate .*/model\.safetensors` again"):
+        read_answers(tmp_path)
     (tmp_path / "evaluation-answers.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="is damaged"):
         read_answers(tmp_path)

@@ -169,6 +169,9 @@ def test_text_of_the_wrong_type(name: str, text: str, kind: str) -> None:
         ("adam_eps", "nan"),
         ("augment.mixup", "nan"),
         ("model.depth", "0"),
+        ("view_size", "31"),
+        ("view_size", "4096"),
+        ("image_size", "4096"),
         ("augment.crop_scale", "0"),
         ("augment.crop_scale", "1.1"),
         ("augment.flip", "1.5"),
@@ -188,7 +191,14 @@ def test_values_without_sense_are_refused_by_name(name: str, text: str) -> None:
 
 def test_a_patch_must_fit_into_what_whole_pictures_are_shown_at() -> None:
     with pytest.raises(ConfigError, match="patch_size must not exceed the image"):
-        TrainConfig().override({"view_size": "1", "train_size": "32"})
+        TrainConfig().override({"image_size": "1", "view_size": "1", "train_size": "32"})
+
+
+def test_a_size_of_ones_own_is_not_undone_by_a_presets_view() -> None:
+    """Pictures of 64 pixels would else be looked at with 48, and nobody would know."""
+    with pytest.raises(ConfigError, match=r"view_size=48 is less than image_size=64.*set view_size and train_size"):
+        PRESETS["cpu-tiny"].config.override({"image_size": "64"})
+    assert PRESETS["cpu-tiny"].config.override({"image_size": "64", "view_size": "0", "train_size": "0"}).largest_size == 64
 
 
 @pytest.mark.parametrize(

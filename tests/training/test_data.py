@@ -77,6 +77,13 @@ def test_one_of_the_two_sub_folders_is_missing(tmp_path: Path) -> None:
         load_images(tmp_path, "test", 32)
 
 
+def test_classes_that_only_one_of_the_two_has_are_told_before_the_training(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "test/cat", "test/Dog"):
+        shutil.copytree(CIFAR10 / folder.partition("/")[2].lower(), tmp_path / folder)
+    with pytest.raises(DataError, match=r"/train and .*/test must hold the same classes; only one of them has 'Dog', 'dog'$"):
+        load_images(tmp_path, "train", 32)
+
+
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "validation"), ("train", "val")])
 def test_what_looks_like_splits_under_other_names_is_no_pair_of_classes(
     folder_of: FolderOf, tmp_path: Path, names: tuple[str, str]

@@ -102,6 +102,8 @@ def test_what_is_none_or_is_done_already_is_refused(eight_bits: Path, tmp_path: 
     noise.write_bytes(b"no model")
     with pytest.raises(ExportError, match="not an artifact"):
         quantize(noise, tmp_path / "again.onnx", CIFAR10, name="again")
+    with pytest.raises(ExportError, match="would be overwritten"):
+        quantize(noise, tmp_path / "noise.onnx", CIFAR10, name="again")
     assert list(tmp_path.iterdir()) == [noise]
 
 

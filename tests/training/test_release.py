@@ -47,6 +47,24 @@ def metadata(artifact: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize(("what", "text"), [("name", "mine/first"), ("name", ""), ("version", "1.0\n")])
+def test_a_name_that_no_address_could_hold_is_refused(evaluated: Path, tmp_path: Path, what: str, text: str) -> None:
+    with pytest.raises(ExportError, match=f"{what} .* no address could name it"):
+        export_artifact(evaluated, tmp_path / "tiny.onnx", CIFAR10, **{**NAMED, what: text})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_leaves_out_what_says_nothing(artifact: Path, evaluated: Path) -> None:
+    """The command that nobody gave, and how often one of at most five classes is among the first five."""
+    description, evaluation, found = load_checkpoint(evaluated).description, load_evaluation(evaluated), metadata(artifact)
+    full = _markdown(description, evaluation, found, "tiny")
+    assert f"Made by:\n\n    {NAMED['command']}\n" in full
+    assert "top-5" in full
+    few = _markdown({**description, "classes": description["classes"][:5]}, evaluation, {**found, "command": ""}, "tiny")
+    assert "Made by" not in few
+    assert "top-5" not in few
+
+
 def test_artifact_carries_its_evidence(artifact: Path, evaluated: Path) -> None:
     found, evaluation = metadata(artifact), json.loads(evaluated.with_name("evaluation.json").read_text())
     assert {key: found[key] for key in NAMED} == NAMED
