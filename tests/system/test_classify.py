@@ -171,7 +171,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "query", "headers", "expected"),
     [
-        (b"", "", {}, (400, "malformed_request")),
+        (b"", "", {}, (422, "undecodable_image")),
         (b"GIF but not really", "", {}, (415, "unsupported_image")),
         (b"x", "top_k=0", {}, (422, "invalid_parameter")),
         (b"x", "top_k=1001", {}, (422, "invalid_parameter")),
@@ -307,7 +307,7 @@ def problem(response: httpx.Response) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("content", "content_type", "expected"),
     [
-        (b"", "image/png", (400, "malformed_request")),
+        (b"", "image/png", (422, "undecodable_image")),
         (b"{", "application/json", (400, "malformed_request")),
         (b'{"images": []}', "application/json", (400, "malformed_request")),
         (b'{"images": ["x"], "url": "http://example.org"}', "application/json", (400, "malformed_request")),

@@ -82,8 +82,8 @@ def test_many_keep_their_order_and_a_bad_one_harms_nobody(service, samples, labe
 
 def test_a_batch_of_nothing_but_bad_images(service):
     results = list(service.classify_many([b"nothing", b"less", "/nowhere", b""]))
-    assert [result.code for result in results] == ["unsupported_image", "unsupported_image", "unreadable", "unreadable"]
-    assert [result.code for result in service.classify_many([b""])] == ["unreadable"]
+    assert [result.code for result in results] == ["unsupported_image", "unsupported_image", "unreadable", "undecodable_image"]
+    assert [result.code for result in service.classify_many([b""])] == ["undecodable_image"]
     assert list(service.classify_many([])) == []
 
 
