@@ -315,8 +315,8 @@ PRESETS: dict[str, Preset] = {
         ),
         source="ours: a network below 0.1 M parameters from the start, on pictures enlarged to 44 px for a view of 48, learning "
         "from `fast` 1.11.0 (--teacher); half as much RandAugment as the larger ones have, the last fifth without mixing",
-        cost="",
-        result="",
+        cost="95 minutes on two Xeon cores with AMX, bf16, beside tests (720 images a second at 28 px, 150 to 350 at 44)",
+        result="92.64 % on the test set, one run; 94 % are aimed at, so not released",
     ),
     "small": Preset(
         TrainConfig(
