@@ -345,10 +345,12 @@ class Protocol(HttpToolsProtocol):
             self._wait_for_a_last_request()
 
     def _wait_for_a_last_request(self) -> None:
+        """Stays open a little, if there is time, and ends with the answer to what still comes."""
         now = time.monotonic()
         left_s = math.inf if self.service.drain_by is None else self.service.drain_by - _CLOSED_BEFORE_THE_END_S - now
         if left_s <= 0:
             self.transport.close()
+            return
         self._last, self.receive_by, self.active = True, None, now
         # uvicorn's, of whole seconds there: `enforce_deadlines` closes what is idle for longer
         self.timeout_keep_alive = min(_LAST_REQUEST_S, left_s)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Room for connections, and for what they upload: who is ended so that another may come.
 
-A client that waits for nobody is never ended for another: only those that have not asked, do not read their answers, or have
-stopped sending.
+A client that waits for its answer is never ended for another: only one that asks for nothing, does not read what it was sent, or
+has stopped sending.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Settings(BaseModel):
         return settings
 
     def contradictions(self) -> list[str]:
-        """Where one of these settings undoes what another says; one sentence each."""
+        """Where one of these settings undoes what another says, or asks for cores that are not there; one sentence each."""
         found = []
         if self.max_images > self.max_queue:
             found.append(

@@ -91,7 +91,7 @@ def load_images(source: Path | None, split: Literal["train", "test"], image_size
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; --data takes a folder with one sub-folder per class")
     folder = _folder_of(source, split)
-    if split == "train" and folder.name == split != source.name:
+    if split == "train" and folder != source:
         _check_same_classes(folder, source / "test")
     return _load_folder(folder, image_size, resample)
 
